@@ -1,0 +1,62 @@
+# Building your own containers from scratch.  `make help` lists what can be made.
+#
+#   make PYTHON=/usr/bin/python3.12 lab    another interpreter (3.11 or newer) for .venv
+#   make WHEELS=/some/directory lab        everything from a directory, nothing from the network
+#   make PORT=9000 lab                     another port (the next free one is taken if it is in use)
+#   make NOTEBOOKS="03 23" run             only notebooks whose names start so
+#   make ARGS="-k memory" test             more arguments for pytest
+
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+# One target after another, whatever -j says: the tests measure times.
+.NOTPARALLEL:
+
+# The first of these that is new enough: .venv's own, or the machine's.
+ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
+PYTHONS := .venv/bin/python python3 python3.14 python3.13 python3.12 python3.11
+PYTHON ?= $(shell for p in $(PYTHONS); do "$$p" $(ENOUGH) 2>/dev/null && echo "$$p" && break; done)
+PORT ?= 8888
+export WHEELS
+
+SHELL_SCRIPTS = $(shell git ls-files -co --exclude-standard | xargs grep -lE '^\#!.*\b(ba)?sh\b' 2>/dev/null)
+
+help: ## this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r t w; do \
+	    printf '  make %-14s %s\n' "$$t" "$$w"; done
+
+setup: ## the environment .venv, from the lock; nothing to do when it is there
+	@if [ -z "$(PYTHON)" ] || ! "$(PYTHON)" $(ENOUGH); then \
+	    echo "Python 3.11 or newer is needed; here: $$(python3 --version 2>&1)."; \
+	    echo "Name another one by: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; exit 1; fi
+	@"$(PYTHON)" scripts/set_up.py
+
+lab: setup ## the notebooks in JupyterLab, on this machine only, with a token
+	@.venv/bin/labkernel build
+	@exec .venv/bin/python scripts/lab.py --port $(PORT)
+
+test: setup ## every test, and every notebook against its stored outputs
+	@.venv/bin/python scripts/system_packages.py test
+	@mkdir -p build
+	@.venv/bin/python -m pytest tests $(wildcard notebooks) --nbval --junitxml build/test.xml $(ARGS)
+
+lint: setup ## the source: style, types, shell scripts
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+	@if ! command -v shellcheck >/dev/null; then echo "shellcheck is not here: shell scripts not checked"; \
+	    elif [ -n "$(SHELL_SCRIPTS)" ]; then shellcheck $(SHELL_SCRIPTS); fi
+
+lock: setup ## the lock anew from pyproject.toml, with the newest versions
+	cd requirements && ../.venv/bin/uv pip compile $(LOCKING) --no-annotate uv.in --output-file uv.txt
+	.venv/bin/uv pip compile $(LOCKING) --group dev pyproject.toml --output-file requirements/lock.txt
+# One version of each package for every Python: then the stored outputs are everywhere made with the same ones.
+LOCKING = --upgrade --universal --python-version 3.11 --fork-strategy fewest --generate-hashes --quiet \
+    --system-certs --custom-compile-command 'make lock'
+
+clean: ## remove what was made: build/, caches, and what labkernel left running (not .venv)
+	@if [ -x .venv/bin/labkernel ]; then .venv/bin/labkernel clean; fi
+	rm -rf build .jupyter .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+.PHONY: help setup lab test lint lock clean

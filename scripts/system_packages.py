@@ -1,0 +1,144 @@
+"""The system packages that the lab can use: which, why and when; and their installation.
+
+    python3 scripts/system_packages.py GROUP     installs what GROUP lacks (asks first, unless run as root)
+    python3 scripts/system_packages.py           prints the table
+
+Standard library only: this runs before there is an environment. Packages are named as Debian and Ubuntu name
+them. On another distribution the script says what is missing and leaves the installation to the reader.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+# An ordinary user's PATH may lack these on Debian, where mkfs, runc and friends live.
+SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"])
+
+
+class Package(NamedTuple):
+    """A package; what it is recognised by (a program, or a file when it has a slash); its groups; its reason."""
+
+    name: str
+    seen_by: str
+    groups: tuple[str, ...]
+    why: str
+
+
+# The groups are the make targets that want them. None of them is needed by `make lab` or `make run`:
+# these need python3 with its venv module only (package python3-venv, see set_up.py).
+TABLE = (
+    Package(
+        "uidmap", "newuidmap", ("test",), "gives an ordinary user's container a range of ids, not just one"
+    ),
+    Package("bubblewrap", "bwrap", ("test", "bench"), "a container program to compare with"),
+    Package("crun", "crun", ("test", "bench"), "an OCI runtime to compare with"),
+    Package("runc", "runc", ("test", "bench"), "the OCI runtime of Docker and containerd, to compare with"),
+    Package(
+        "gcc",
+        "gcc",
+        ("test", "bench"),
+        "compiles the bare C program of the benchmark and probes of the tests",
+    ),
+    Package("libc6-dev", "/usr/include/stdio.h", ("test", "bench"), "the C headers for gcc"),
+    Package(
+        "busybox-static", "busybox", ("test", "bench"), "one static binary: the smallest root file system"
+    ),
+    Package("strace", "strace", ("test",), "shows which system calls a program really makes"),
+    Package("shellcheck", "shellcheck", ("test",), "checks the shell scripts (make lint)"),
+    Package("chromium", "chromium", ("browser",), "the browser in which the notebooks and widgets are tried"),
+)
+
+
+def missing(group: str) -> list[Package]:
+    """Return the packages of a group that are not on this machine."""
+    return [package for package in TABLE if group in package.groups and not present(package)]
+
+
+def present(package: Package) -> bool:
+    """Tell whether a package is here, by what it brings: that works whatever installed it."""
+    if "/" in package.seen_by:
+        return Path(package.seen_by).exists()
+    return shutil.which(package.seen_by, path=SEARCH_PATH) is not None
+
+
+def install(packages: list[Package], purpose: str) -> bool:
+    """Install packages with apt, as root or by sudo after asking. Tell whether they are all here now.
+
+    Says what is missing, why it is wanted and which command installs it, before anything happens.
+    """
+    if not packages:
+        return True
+    print(f"{purpose} wants system packages that are not here:")
+    for package in packages:
+        print(f"    {package.name:<16} {package.why}")
+    names = [package.name for package in packages]
+    command = ["apt-get", "install", "--yes", "--no-install-recommends", *names]
+    if os.geteuid() != 0:
+        command = ["sudo", *command]
+    if shutil.which("apt-get") is None:
+        print("There is no apt-get here: please install them in your distribution's way.")
+        return False
+    if os.geteuid() != 0 and not may_ask():
+        print("Not root, and nobody to ask. To install them:\n    " + " ".join(command))
+        return False
+    if os.geteuid() != 0 and input(f"Run `{' '.join(command)}`? [Y/n] ").strip().lower() not in (
+        "",
+        "y",
+        "yes",
+    ):
+        return False
+    return apt(command) and all(present(package) for package in packages)
+
+
+def may_ask() -> bool:
+    """Tell whether a person sits there to answer, and sudo exists."""
+    return sys.stdin.isatty() and "CI" not in os.environ and shutil.which("sudo") is not None
+
+
+def apt(command: list[str]) -> bool:
+    """Run an apt-get install, with fresh package lists if the ones at hand do not do."""
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    update = [*command[: command.index("install")], "update"]
+    print("=> " + " ".join(command), flush=True)
+    # Old lists name versions that the mirrors have dropped; so one failure is answered by an update.
+    return quiet(command, environment) or (
+        quiet(update, environment) and quiet(command, environment, last=True)
+    )
+
+
+def quiet(command: list[str], environment: dict[str, str], last: bool = False) -> bool:
+    """Run a command without its chatter; when the last try fails, show what it said."""
+    done = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if done.returncode and last:
+        print(done.stdout)
+    return done.returncode == 0
+
+
+def main(arguments: list[str]) -> int:
+    """Install one group, or print the table."""
+    groups = sorted({group for package in TABLE for group in package.groups})
+    if not arguments:
+        for package in TABLE:
+            state = "here" if present(package) else "missing"
+            print(f"{package.name:<16} {state:<8} {', '.join(package.groups):<12} {package.why}")
+        return 0
+    if len(arguments) != 1 or arguments[0] not in groups:
+        print(f"usage: system_packages.py [{'|'.join(groups)}]", file=sys.stderr)
+        return 2
+    if not install(missing(arguments[0]), f"make {arguments[0]}"):
+        print("Going on without: what needs them will say so.")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)
