@@ -10,7 +10,7 @@ Standard library only: all it needs is Python with its venv module. What it does
 4. labkernel itself goes in as an editable install: a .pth file with the path of this directory.
 
 A stamp in .venv, written last, says for which Python and which lock this was done. As long as it fits nothing
-is done and nothing is downloaded. An interrupted set-up leaves no stamp, and is taken up again by the next one.
+is done and nothing is downloaded. An interrupted set-up leaves none, and is taken up again by the next one.
 The Makefile has looked for a Python that is new enough.
 
 `WHEELS=DIR` in the environment takes every file from DIR and nothing from the network.
@@ -106,12 +106,20 @@ def install_packages() -> None:
     offline = ["--no-index", "--find-links", wheels] if wheels else []
     python = VENV / "bin" / "python"
     say("pip installs uv")
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    pip: list[str | Path] = [
+        python,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+    ]
     run(*pip, *offline, "--require-hashes", "--requirement", UV_LOCK)
     say(f"uv installs {count(LOCK)} packages from {LOCK.relative_to(ROOT)}")
-    uv = [VENV / "bin" / "uv", "pip"]
+    uv: list[str | Path] = [VENV / "bin" / "uv", "pip"]
     # The machine's own certificates: some networks have their own authority.
-    where = ["--python", python, "--system-certs", *offline]
+    where: list[str | Path] = ["--python", python, "--system-certs", *offline]
     run(*uv, "sync", *where, "--require-hashes", LOCK, hide=(" + ", " - "))
     run(*uv, "install", *where, "--quiet", "--no-deps", "--no-build-isolation", "--editable", ROOT)
 

@@ -21,7 +21,7 @@ SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/s
 
 
 class Package(NamedTuple):
-    """A package; what it is recognised by (a program, or a file when it has a slash); its groups; its reason."""
+    """A package, what shows that it is here (a program, or a file by its path), its groups, its reason."""
 
     name: str
     seen_by: str

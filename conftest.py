@@ -1,0 +1,94 @@
+"""How pytest runs the notebooks (`pytest --nbval notebooks`), and what it says of skipped tests.
+
+nbval collects the cells, cleans up their outputs and compares them. Two things are done differently here:
+
+- nbclient executes the cells, as it did when the outputs were stored (scripts/notebook_tools.py). nbval's own
+  way knows nothing of outputs that are updated or cleared, or of what an Output widget captures, and it
+  waits for its whole timeout when the kernel has died.
+- A notebook that cannot run on this machine is skipped, in the doctor's words; its metadata says what it needs.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+
+import nbval.plugin
+import pytest
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from nbval.plugin import coalesce_streams
+from notebook_tools import client, kernel, missing, surroundings
+
+os.environ.update(surroundings())
+
+
+class Notebook(nbval.plugin.IPyNbFile):  # type: ignore[misc]
+    """A notebook whose cells nbclient executes."""
+
+    def setup(self) -> None:
+        """Start the kernel, or skip the whole notebook."""
+        self.held = ExitStack()
+        if lacking := missing(self.nb):
+            pytest.skip("; ".join(lacking))
+        # A copy of the whole notebook: an output can be updated by a later cell.
+        self.runner = client(copy.deepcopy(self.nb), self.config.option.nbval_cell_timeout)
+        self.places = [place for place, cell in enumerate(self.nb.cells) if cell.cell_type == "code"]
+        self.stopped = ""
+        self.held.enter_context(kernel(self.runner))
+        self.setup_sanitize_files()
+
+    def get_sanitize_files(self) -> list[str]:
+        """Name the one file of rules, so that nobody has to on the command line."""
+        return [str(Path(__file__).with_name("tests") / "sanitize.cfg")]
+
+    def teardown(self) -> None:
+        """Shut the kernel down, and let it clean up."""
+        self.held.close()
+
+
+class Cell(nbval.plugin.IPyNbCell):  # type: ignore[misc]
+    """A code cell: executed, then compared with what is stored."""
+
+    def runtest(self) -> None:
+        """Execute the cell, and fail if it does or if its outputs differ from the stored ones."""
+        notebook = self.parent
+        if self.options["skip"]:
+            pytest.skip("the cell is tagged nbval-skip")
+        if notebook.stopped:
+            self.raise_cell_error(f"Not run: {notebook.stopped}")
+        place = notebook.places[self.cell_num]
+        try:
+            ran = notebook.runner.execute_cell(notebook.runner.nb.cells[place], place)
+        except CellExecutionError as error:
+            self.raise_cell_error("The cell raised an exception", error.traceback)
+        except (CellTimeoutError, DeadKernelError) as error:
+            what = "took too long" if isinstance(error, CellTimeoutError) else "ended the kernel"
+            notebook.stopped = f"cell {self.cell_num} {what}"
+            self.raise_cell_error(f"The cell {what}", str(error))
+        if self.cell.source.strip() and self.cell.execution_count is None:
+            self.raise_cell_error("Stored without having been run: see scripts/execute_notebooks.py")
+        stored = coalesce_streams(self.cell.outputs)
+        if self.options["check"] and not self.compare_outputs(coalesce_streams(ran.outputs), stored):
+            self.raise_cell_error("The outputs differ", "\n".join(self.comparison_traceback))
+
+
+# nbval's collector looks its classes up by name.
+nbval.plugin.IPyNbFile = Notebook
+nbval.plugin.IPyNbCell = Cell
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Count and name what was skipped, with the reasons; a notebook's cells in one line."""
+    skipped: Counter[tuple[str, str]] = Counter()
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        name = report.nodeid.split("::")[0] if ".ipynb" in report.nodeid else report.nodeid
+        skipped[name, reason.removeprefix("Skipped: ")] += 1
+    if skipped:
+        terminalreporter.section(f"skipped, and why: {skipped.total()}")
+        for (name, reason), count in sorted(skipped.items()):
+            cells = f" ({count} cells)" if name.endswith(".ipynb") else ""
+            terminalreporter.line(f"{name}{cells}: {reason}")
