@@ -3,8 +3,8 @@
 #   make PYTHON=/usr/bin/python3.12 lab    another interpreter (3.11 or newer) for .venv
 #   make WHEELS=/some/directory lab        everything from a directory, nothing from the network
 #   make PORT=9000 lab                     another port (the next free one is taken if it is in use)
-#   make NOTEBOOKS="03 23" run             only notebooks whose names start so
-#   make ARGS="-k memory" test             more arguments for pytest
+#   make NOTEBOOKS="03 23" run             only notebooks whose names start so (also: outputs)
+#   make ARGS="-k memory" test             more arguments for what the target starts
 
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
@@ -31,14 +31,33 @@ setup: ## the environment .venv, from the lock; nothing to do when it is there
 	    echo "Name another one by: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; exit 1; fi
 	@"$(PYTHON)" scripts/set_up.py
 
-lab: setup ## the notebooks in JupyterLab, on this machine only, with a token
+lab: setup ## the notebooks in JupyterLab, for this machine only, with a token
 	@.venv/bin/labkernel build
-	@exec .venv/bin/python scripts/lab.py --port $(PORT)
+	@exec .venv/bin/python scripts/lab.py --port=$(PORT) $(ARGS)
+
+run: setup ## all notebooks without a screen: pages, figures and a report in build/
+	@.venv/bin/labkernel build
+	@.venv/bin/python scripts/run_notebooks.py $(NOTEBOOKS)
 
 test: setup ## every test, and every notebook against its stored outputs
 	@.venv/bin/python scripts/system_packages.py test
 	@mkdir -p build
-	@.venv/bin/python -m pytest tests $(wildcard notebooks) --nbval --junitxml build/test.xml $(ARGS)
+	@.venv/bin/python -m pytest tests $(wildcard notebooks) --nbval --ignore tests/browser \
+	    --junitxml build/test.xml $(ARGS)
+
+test-vm: setup ## the tests that want cgroup v2 and systemd, in a virtual machine made for it
+	@vm/test-vm $(ARGS)
+
+test-browser: setup ## the notebooks and the dashboard in a real JupyterLab and a real browser
+	@.venv/bin/python scripts/system_packages.py browser
+	@.venv/bin/python -m pytest tests/browser $(ARGS)
+
+bench: setup ## the start of a container measured against crun, runc, bwrap, unshare and plain C
+	@.venv/bin/python scripts/system_packages.py bench
+	@.venv/bin/python bench/bench.py $(ARGS)
+
+outputs: setup ## the outputs stored in the notebooks, made anew
+	@.venv/bin/python scripts/execute_notebooks.py $(NOTEBOOKS)
 
 lint: setup ## the source: style, types, shell scripts
 	.venv/bin/ruff check
@@ -59,4 +78,4 @@ clean: ## remove what was made: build/, caches, and what labkernel left running 
 	rm -rf build .jupyter .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
-.PHONY: help setup lab test lint lock clean
+.PHONY: help setup lab run test test-vm test-browser bench outputs lint lock clean

@@ -5,7 +5,7 @@ nbval collects the cells, cleans up their outputs and compares them. Two things 
 - nbclient executes the cells, as it did when the outputs were stored (scripts/notebook_tools.py). nbval's own
   way knows nothing of outputs that are updated or cleared, or of what an Output widget captures, and it
   waits for its whole timeout when the kernel has died.
-- A notebook that cannot run on this machine is skipped, in the doctor's words; its metadata says what it needs.
+- A notebook that cannot run on this machine is skipped, in the doctor's words. Its metadata says its needs.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import os
 from collections import Counter
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -27,6 +28,13 @@ os.environ.update(surroundings())
 
 class Notebook(nbval.plugin.IPyNbFile):  # type: ignore[misc]
     """A notebook whose cells nbclient executes."""
+
+    def collect(self) -> Iterator[Cell]:
+        """Take the cells as nbval finds them, with the marks that it reads from their tags."""
+        for cell in super().collect():
+            yield Cell.from_parent(
+                self, name=cell.name, cell_num=cell.cell_num, cell=cell.cell, options=cell.options
+            )
 
     def setup(self) -> None:
         """Start the kernel, or skip the whole notebook."""
@@ -75,9 +83,16 @@ class Cell(nbval.plugin.IPyNbCell):  # type: ignore[misc]
             self.raise_cell_error("The outputs differ", "\n".join(self.comparison_traceback))
 
 
-# nbval's collector looks its classes up by name.
-nbval.plugin.IPyNbFile = Notebook
-nbval.plugin.IPyNbCell = Cell
+@pytest.hookimpl(wrapper=True)
+def pytest_collect_file(
+    parent: pytest.Collector,
+) -> Generator[None, list[pytest.Collector], list[pytest.Collector]]:
+    """Put a `Notebook` wherever nbval has put its own."""
+    found = yield
+    return [
+        Notebook.from_parent(parent, path=file.path) if isinstance(file, nbval.plugin.IPyNbFile) else file
+        for file in found
+    ]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

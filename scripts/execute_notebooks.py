@@ -31,8 +31,17 @@ def execute(path: Path) -> None:
     with kernel(runner):
         for count, (place, cell) in enumerate(code_cells(notebook), 1):
             runner.execute_cell(cell, place, execution_count=count)
-    normalise(notebook)  # the kernel has told its own version
+            drop_widgets(cell)
     nbformat.write(notebook, path)
+
+
+def drop_widgets(cell: NotebookNode) -> None:
+    """Keep of a widget what shows without a kernel: the picture or text that goes with it.
+
+    The reference to its model would be another one each time, and lead nowhere in a notebook just opened.
+    """
+    for output in cell.outputs:
+        output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
 
 
 def normalise(notebook: NotebookNode) -> None:

@@ -23,12 +23,14 @@ def surroundings() -> dict[str, str]:
     The reader's own settings, extensions, kernels and styles are neither used nor changed: what a notebook
     shows does not depend on them.
     """
+    PRIVATE.mkdir(mode=0o700, exist_ok=True)
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(("JUPYTER", "IPYTHON"))
     }
     # ipykernel does not show what children write to file descriptors 1 and 2 when it finds this variable.
     environment.pop("PYTEST_CURRENT_TEST", None)
     environment |= {
+        "JUPYTER_CONFIG_PATH": str(ROOT / "jupyter_config"),
         "JUPYTER_CONFIG_DIR": str(PRIVATE / "config"),
         "JUPYTER_DATA_DIR": str(PRIVATE / "data"),
         "JUPYTER_RUNTIME_DIR": str(PRIVATE / "runtime"),
@@ -77,8 +79,8 @@ def missing(notebook: NotebookNode) -> list[str]:
 def client(notebook: NotebookNode, timeout: float | None) -> NotebookClient:
     """Return what executes a notebook, everywhere in the same place and with the same kind of outputs.
 
-    `timeout` is in seconds, for a cell. The outputs hold no times, no state of widgets, and one text for each
-    of stdout and stderr, whatever the pieces in which it arrived.
+    `timeout` is in seconds, for a cell. The outputs hold no times, and one text for each of stdout and
+    stderr, whatever the pieces in which it arrived.
     """
     return NotebookClient(
         notebook,
@@ -86,7 +88,6 @@ def client(notebook: NotebookNode, timeout: float | None) -> NotebookClient:
         kernel_name="python3",
         resources={"metadata": {"path": str(NOTEBOOKS)}},
         record_timing=False,
-        store_widget_state=False,
         coalesce_streams=True,
     )
 
@@ -94,7 +95,11 @@ def client(notebook: NotebookNode, timeout: float | None) -> NotebookClient:
 @contextmanager
 def kernel(runner: NotebookClient) -> Iterator[None]:
     """Start a kernel for the runner; shut it down in an orderly way at the end, so that it can clean up."""
-    with runner.setup_kernel(env=surroundings()):
+    # The kernel repeats on its own stdout and stderr what its children write; the cell has it already.
+    with (
+        (PRIVATE / "kernel.log").open("w") as log,
+        runner.setup_kernel(env=surroundings(), stdout=log, stderr=log),
+    ):
         yield
 
 

@@ -28,7 +28,7 @@ import sys
 import time
 from pathlib import Path
 
-from system_packages import Package, install
+from system_packages import Package, install, missing
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
@@ -54,6 +54,8 @@ def main() -> None:
         install_packages()
         STAMP.write_text(json.dumps({"python": python, "contents": contents}))
         say(f"the environment is ready ({time.monotonic() - start:.0f} s)")
+        for package in missing("lab"):
+            say(f"recommended, not needed: apt install {package.name} ({package.why})")
 
 
 def say(line: str) -> None:

@@ -67,44 +67,42 @@ def present(package: Package) -> bool:
 
 
 def install(packages: list[Package], purpose: str) -> bool:
-    """Install packages with apt, as root or by sudo after asking. Tell whether they are all here now.
+    """Install packages with apt, as root or by sudo. Tell whether that went well.
 
-    Says what is missing, why it is wanted and which command installs it, before anything happens.
+    Says first what is missing, why it is wanted and which command installs it, and asks where somebody can answer.
     """
     if not packages:
         return True
     print(f"{purpose} wants system packages that are not here:")
     for package in packages:
         print(f"    {package.name:<16} {package.why}")
-    names = [package.name for package in packages]
-    command = ["apt-get", "install", "--yes", "--no-install-recommends", *names]
+    command = [
+        "apt-get",
+        "install",
+        "--yes",
+        "--no-install-recommends",
+        *(package.name for package in packages),
+    ]
     if os.geteuid() != 0:
         command = ["sudo", *command]
+    print("To install them:  " + " ".join(command), flush=True)
     if shutil.which("apt-get") is None:
         print("There is no apt-get here: please install them in your distribution's way.")
         return False
-    if os.geteuid() != 0 and not may_ask():
-        print("Not root, and nobody to ask. To install them:\n    " + " ".join(command))
-        return False
-    if os.geteuid() != 0 and input(f"Run `{' '.join(command)}`? [Y/n] ").strip().lower() not in (
-        "",
-        "y",
-        "yes",
-    ):
-        return False
-    return apt(command) and all(present(package) for package in packages)
+    return agreed() and apt(command)
 
 
-def may_ask() -> bool:
-    """Tell whether a person sits there to answer, and sudo exists."""
-    return sys.stdin.isatty() and "CI" not in os.environ and shutil.which("sudo") is not None
+def agreed() -> bool:
+    """Ask whether to install, if somebody sits there; otherwise root does, and an ordinary user does not."""
+    if sys.stdin.isatty() and "CI" not in os.environ:
+        return input("Now? [Y/n] ").strip().lower() in ("", "y", "yes")
+    return os.geteuid() == 0
 
 
 def apt(command: list[str]) -> bool:
     """Run an apt-get install, with fresh package lists if the ones at hand do not do."""
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     update = [*command[: command.index("install")], "update"]
-    print("=> " + " ".join(command), flush=True)
     # Old lists name versions that the mirrors have dropped; so one failure is answered by an update.
     return quiet(command, environment) or (
         quiet(update, environment) and quiet(command, environment, last=True)
