@@ -42,7 +42,7 @@ class Notebook(nbval.plugin.IPyNbFile):  # type: ignore[misc]
         if lacking := missing(self.nb):
             pytest.skip("; ".join(lacking))
         # A copy of the whole notebook: an output can be updated by a later cell.
-        self.runner = client(copy.deepcopy(self.nb), self.config.option.nbval_cell_timeout)
+        self.runner = client(copy.deepcopy(self.nb), self.path, self.config.option.nbval_cell_timeout)
         self.places = [place for place, cell in enumerate(self.nb.cells) if cell.cell_type == "code"]
         self.stopped = ""
         self.held.enter_context(kernel(self.runner))

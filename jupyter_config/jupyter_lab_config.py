@@ -1,4 +1,4 @@
-"""JupyterLab as `make lab` starts it: for this machine only, with a token, and asking nobody else for anything."""
+"""JupyterLab as `make lab` starts it: for this machine only, with a token, asking nobody else anything."""
 
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ c: Any = get_config()  # type: ignore[name-defined]  # noqa: F821  (traitlets pr
 c.ServerApp.ip = "127.0.0.1"
 c.ServerApp.port_retries = 50  # the next free port, when the one asked for is in use
 c.ServerApp.root_dir = str(Path(__file__).resolve().parent.parent)
+c.ServerApp.default_url = "/lab/tree/notebooks/00-start-here.ipynb"
 c.ServerApp.allow_root = True  # some demonstrations show more as root; the token is on in any case
 c.ServerApp.answer_yes = True  # Ctrl-C stops at once, without a question
 c.KernelManager.transport_encryption = "auto"

@@ -27,7 +27,7 @@ def execute(path: Path) -> None:
     """Run a notebook from top to bottom in a fresh kernel, and write it back."""
     notebook = read(path)
     normalise(notebook)
-    runner = client(notebook, CELL_TIMEOUT)
+    runner = client(notebook, path, CELL_TIMEOUT)
     with kernel(runner):
         for count, (place, cell) in enumerate(code_cells(notebook), 1):
             runner.execute_cell(cell, place, execution_count=count)

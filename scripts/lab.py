@@ -13,16 +13,13 @@ import sys
 
 from notebook_tools import ROOT, surroundings
 
-START = "notebooks/00-start-here.ipynb"
-
 
 def main(arguments: list[str]) -> None:
     """Become jupyter lab."""
     program = str(ROOT / ".venv" / "bin" / "jupyter-lab")
     # Only warnings, and the address with its token: the log of every request is of no use to the reader.
     options = ["--log-level=WARN", *(["--no-browser"] if not browser() else []), *arguments]
-    os.chdir(ROOT)
-    os.execve(program, [program, START, *options], surroundings())
+    os.execve(program, [program, *options], surroundings())
 
 
 def browser() -> bool:

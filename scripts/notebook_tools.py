@@ -76,8 +76,8 @@ def missing(notebook: NotebookNode) -> list[str]:
     return list(doctor.missing(list(requires)))
 
 
-def client(notebook: NotebookNode, timeout: float | None) -> NotebookClient:
-    """Return what executes a notebook, everywhere in the same place and with the same kind of outputs.
+def client(notebook: NotebookNode, path: Path, timeout: float | None) -> NotebookClient:
+    """Return what executes the notebook at `path`, in its directory, everywhere with the same kind of outputs.
 
     `timeout` is in seconds, for a cell. The outputs hold no times, and one text for each of stdout and
     stderr, whatever the pieces in which it arrived.
@@ -86,7 +86,7 @@ def client(notebook: NotebookNode, timeout: float | None) -> NotebookClient:
         notebook,
         timeout=timeout,
         kernel_name="python3",
-        resources={"metadata": {"path": str(NOTEBOOKS)}},
+        resources={"metadata": {"path": str(path.parent)}},
         record_timing=False,
         coalesce_streams=True,
     )

@@ -78,7 +78,7 @@ def run(path: Path) -> Result:
     if lacking := missing(notebook):
         return Result(path.name, 0.0, "skipped", "; ".join(lacking))
     start = time.monotonic()
-    runner = client(notebook, CELL_TIMEOUT)
+    runner = client(notebook, path, CELL_TIMEOUT)
     outcome, reason, done = "passed", "", 0
     for _, cell in code_cells(notebook):  # nothing of an earlier run on the pages of this one
         cell.outputs, cell.execution_count = [], None

@@ -29,21 +29,16 @@ class Package(NamedTuple):
     why: str
 
 
-# The groups are the make targets that want them. None of them is needed by `make lab` or `make run`:
-# these need python3 with its venv module only (package python3-venv, see set_up.py).
+# The groups are the make targets that want them. `make lab` and `make run` need python3 with its venv module
+# (set_up.py asks for that), and nothing else; what is in the group "lab" is recommended, and only told of.
 TABLE = (
     Package(
-        "uidmap", "newuidmap", ("test",), "gives an ordinary user's container a range of ids, not just one"
+        "uidmap", "newuidmap", ("lab", "test"), "an ordinary user's container gets many user ids, not one"
     ),
     Package("bubblewrap", "bwrap", ("test", "bench"), "a container program to compare with"),
     Package("crun", "crun", ("test", "bench"), "an OCI runtime to compare with"),
     Package("runc", "runc", ("test", "bench"), "the OCI runtime of Docker and containerd, to compare with"),
-    Package(
-        "gcc",
-        "gcc",
-        ("test", "bench"),
-        "compiles the bare C program of the benchmark and probes of the tests",
-    ),
+    Package("gcc", "gcc", ("test", "bench"), "compiles the benchmark's C program and some tests' probes"),
     Package("libc6-dev", "/usr/include/stdio.h", ("test", "bench"), "the C headers for gcc"),
     Package(
         "busybox-static", "busybox", ("test", "bench"), "one static binary: the smallest root file system"
@@ -69,7 +64,7 @@ def present(package: Package) -> bool:
 def install(packages: list[Package], purpose: str) -> bool:
     """Install packages with apt, as root or by sudo. Tell whether that went well.
 
-    Says first what is missing, why it is wanted and which command installs it, and asks where somebody can answer.
+    Says first what is missing, why it is wanted and what installs it; asks, where somebody can answer.
     """
     if not packages:
         return True
