@@ -59,10 +59,11 @@ bench: setup ## the start of a container measured against crun, runc, bwrap, uns
 outputs: setup ## the outputs stored in the notebooks, made anew
 	@.venv/bin/python scripts/execute_notebooks.py $(NOTEBOOKS)
 
-lint: setup ## the source: style, types, shell scripts
+lint: setup ## the source, in the notebooks too: style, types, shell scripts
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
+	.venv/bin/python scripts/type_check_notebooks.py
 	@if ! command -v shellcheck >/dev/null; then echo "shellcheck is not here: shell scripts not checked"; \
 	    elif [ -n "$(SHELL_SCRIPTS)" ]; then shellcheck $(SHELL_SCRIPTS); fi
 

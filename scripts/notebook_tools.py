@@ -77,7 +77,7 @@ def missing(notebook: NotebookNode) -> list[str]:
 
 
 def client(notebook: NotebookNode, path: Path, timeout: float | None) -> NotebookClient:
-    """Return what executes the notebook at `path`, in its directory, everywhere with the same kind of outputs.
+    """Return what executes the notebook at `path`, in its directory and always in the same way.
 
     `timeout` is in seconds, for a cell. The outputs hold no times, and one text for each of stdout and
     stderr, whatever the pieces in which it arrived.
