@@ -1,0 +1,177 @@
+"""Packing: a closure or a directory becomes a tarball, and twice the same bits.
+
+What makes the bits of a tarball differ from run to run is known well
+(https://reproducible-builds.org/docs/archives/): the order of the entries, times, owners, and what the
+compressor notes down. Here entries are sorted, every time is one fixed number, everything belongs to 0:0
+without names, and the compressors' settings are fixed. A newer compressor library may still write other
+bits; the lock file of the project holds its version.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import io
+import os
+import stat
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Literal, cast
+
+from labkernel.image import Progress
+from labkernel.image.closure import Closure
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer as Buffer
+
+Compression = Literal["zstd", "gzip", "none"]
+
+# 1980-01-01 UTC: the first day that a zip archive can express, so a rootfs can be zipped from inside.
+# SOURCE_DATE_EPOCH overrules it (https://reproducible-builds.org/specs/source-date-epoch/).
+_EPOCH = 315532800
+
+_ZSTD_LEVEL = 9
+
+
+class _Digester(io.RawIOBase):
+    """Passes bytes on to a file and hashes them on the way."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.hash = hashlib.sha256()
+
+    def writable(self) -> bool:
+        """Say that it is a file to write to, as io.RawIOBase wants it."""
+        return True
+
+    def write(self, data: Buffer, /) -> int:
+        """Write *data*; returns how many bytes were taken."""
+        self.hash.update(data)
+        return self.file.write(data)
+
+
+def pack(
+    source: Closure | Path,
+    destination: Path,
+    *,
+    compression: Compression = "zstd",
+    progress: Progress | None = None,
+) -> str:
+    """Write *source*, a closure or the tree under a directory, as a tarball to *destination*; returns its
+    digest.
+
+    The digest is that of the file, compressed as it is: "sha256:" and 64 digits. The file appears at once
+    and whole, or not at all. Set-user-ID bits and modes of a directory tree are kept; owners are not.
+    Raises ValueError for a socket, a pipe or a device in the tree, which have no place in an image.
+    """
+    mtime = int(os.environ.get("SOURCE_DATE_EPOCH", _EPOCH))
+    members = _of_closure(source) if isinstance(source, Closure) else _of_directory(source)
+    total = (
+        source.size if isinstance(source, Closure) else sum(info.size for info, _ in _of_directory(source))
+    )
+    done = 0
+    with _written_at_once(destination) as file:
+        digester = _Digester(file)
+        with (
+            _compressor(digester, compression) as compressed,
+            tarfile.open(
+                fileobj=compressed,
+                mode="w|",
+                format=tarfile.PAX_FORMAT,
+                encoding="utf-8",
+                errors="surrogateescape",
+                bufsize=1 << 20,
+            ) as tar,
+        ):
+            for info, content in members:
+                info.mtime = mtime
+                with contextlib.ExitStack() as stack:
+                    data = io.BytesIO(content) if isinstance(content, bytes) else None
+                    tar.addfile(
+                        info, stack.enter_context(content.open("rb")) if isinstance(content, Path) else data
+                    )
+                done += info.size
+                if progress and info.size:
+                    progress("pack", done, total)
+    return f"sha256:{digester.hash.hexdigest()}"
+
+
+def _of_closure(closure: Closure) -> Iterator[tuple[tarfile.TarInfo, Path | bytes | None]]:
+    for entry in closure:
+        info = tarfile.TarInfo(entry.path.lstrip("/"))
+        info.mode = entry.mode
+        if entry.kind == "directory":
+            info.type = tarfile.DIRTYPE
+            yield info, None
+        elif entry.kind == "symlink":
+            info.type, info.linkname = tarfile.SYMTYPE, entry.target
+            yield info, None
+        else:
+            info.size = entry.size
+            yield info, entry.source or entry.content
+
+
+def _of_directory(root: Path) -> Iterator[tuple[tarfile.TarInfo, Path | None]]:
+    first_link: dict[tuple[int, int], str] = {}
+    for path in _walk(root):
+        name = str(path.relative_to(root))
+        info = tarfile.TarInfo(name)
+        status = path.lstat()
+        info.mode = stat.S_IMODE(status.st_mode)
+        inode = (status.st_dev, status.st_ino)
+        if stat.S_ISDIR(status.st_mode):
+            info.type = tarfile.DIRTYPE
+            yield info, None
+        elif stat.S_ISLNK(status.st_mode):
+            info.type, info.linkname = tarfile.SYMTYPE, str(path.readlink())
+            yield info, None
+        elif not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{path}: neither file, directory nor symbolic link; an image holds only these")
+        elif first_link.setdefault(inode, name) != name:
+            info.type, info.linkname = tarfile.LNKTYPE, first_link[inode]
+            yield info, None
+        else:
+            info.size = status.st_size
+            yield info, path
+
+
+def _walk(directory: Path) -> Iterator[Path]:
+    for path in sorted(directory.iterdir()):
+        yield path
+        if path.is_dir() and not path.is_symlink():
+            yield from _walk(path)
+
+
+@contextlib.contextmanager
+def _compressor(file: io.RawIOBase, compression: Compression) -> Iterator[BinaryIO]:
+    if compression == "none":
+        yield cast(BinaryIO, file)
+    elif compression == "gzip":
+        # No name and no time in the header, whatever file it goes to.
+        with gzip.GzipFile(
+            filename="", mode="wb", compresslevel=6, fileobj=cast(BinaryIO, file), mtime=0
+        ) as out:
+            yield cast(BinaryIO, out)
+    else:
+        import zstandard
+
+        # Two threads: with one or more, zstd cuts the data into the same jobs and the bits are the same.
+        compressor = zstandard.ZstdCompressor(level=_ZSTD_LEVEL, threads=2, write_checksum=True)
+        with compressor.stream_writer(cast(BinaryIO, file), closefd=False) as writer:
+            yield cast(BinaryIO, writer)
+
+
+@contextlib.contextmanager
+def _written_at_once(destination: Path) -> Iterator[BinaryIO]:
+    descriptor, name = tempfile.mkstemp(dir=destination.parent, prefix=f".{destination.name}.")
+    temporary = Path(name)
+    try:
+        with open(descriptor, "wb") as file:  # noqa: PTH123
+            yield file
+        temporary.chmod(0o644)
+        temporary.replace(destination)
+    finally:
+        temporary.unlink(missing_ok=True)

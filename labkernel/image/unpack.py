@@ -1,0 +1,339 @@
+"""Unpacking a tarball that a stranger may have made.
+
+An archive is a list of orders to a process that often runs with high rights: "write this there". A
+hostile one says ``../../etc/passwd``, or first plants a link ``x -> /etc`` and then writes ``x/passwd``,
+or unpacks to more than the disk holds. Looking at the names is not enough, because a name's meaning
+depends on the links that are there already. So every directory is entered one component at a time, by a
+descriptor of the one above it and with O_NOFOLLOW (open(2)), and everything is made relative to such a
+descriptor and newly (O_EXCL): no link is ever followed, whoever made it.
+
+A symbolic link's *target* is only text, and ``/usr/bin/x`` is right in a root file system: it will be
+looked up when that is the root. Such links are made, never followed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from labkernel.image import Progress
+from labkernel.image.tarball import BadTarball, Member, Tarball, open_tarball
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_CHUNK = 1 << 20
+_FAR_FUTURE = 1 << 33  # the year 2242: later times are no times of files
+
+
+class UnsafeArchive(ValueError):
+    """The archive was refused: ``entry`` names the entry at fault (empty: all of it), ``reason`` says why."""
+
+    def __init__(self, entry: str, reason: str) -> None:
+        super().__init__(f"{entry!r}: {reason}" if entry else reason)
+        self.entry = entry
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an archive may cost. Who unpacks something big on purpose raises them."""
+
+    bytes: int = 4 << 30  # of the uncompressed archive
+    entries: int = 200_000
+    ratio: int = 200  # uncompressed to compressed; software is at 3 to 10, a bomb at 1000 and more
+    depth: int = 100  # directories in one another
+
+
+@dataclass
+class Unpacked:
+    """What was unpacked."""
+
+    entries: int = 0
+    bytes: int = 0  # content of files
+    reowned: int = 0  # entries whose owner this user namespace does not map: the caller's now
+
+
+def unpack(
+    tarball: Path,
+    destination: Path,
+    *,
+    same_owner: bool = False,
+    allow_devices: bool = False,
+    allow_setuid: bool = False,
+    limits: Limits = Limits(),
+    progress: Progress | None = None,
+) -> Unpacked:
+    """Unpack *tarball* (zstd, gzip or plain) as the new directory *destination*, completely or not at all.
+
+    *same_owner*: entries get the uid and gid written in the archive, which takes root, or root of a user
+    namespace; an id that the namespace does not map (chown(2) gives EINVAL) falls to the caller, and is
+    counted in ``reowned``. Without it everything belongs to the caller. *allow_devices*: device nodes and
+    fifos are made. *allow_setuid*: the set-user-ID and set-group-ID bits are kept.
+
+    Raises UnsafeArchive for whatever an honest image does not hold: names that are absolute or have
+    ``..``, hard links and relative symbolic links that lead out, entries that pass through a link, an
+    entry that stands there twice (a directory may), devices and set-user-ID bits unless allowed, sparse
+    files, sizes over *limits*, damaged or truncated archives. Raises FileExistsError if *destination*
+    exists and is not an empty directory; OSError as the system has it.
+    """
+    if destination.is_symlink() or (destination.exists() and any(destination.iterdir())):
+        raise FileExistsError(errno.EEXIST, f"{destination} is there already, and not an empty directory")
+    temporary = Path(tempfile.mkdtemp(dir=destination.parent, prefix=f".labkernel-{destination.name}-"))
+    try:
+        root = os.open(temporary, _DIRECTORY)
+        try:
+            unpacker = _Unpacker(root, same_owner, allow_devices, allow_setuid, limits)
+            unpacker.all(tarball, progress)
+        finally:
+            os.close(root)
+        temporary.rename(destination)
+    except BaseException:
+        _remove(temporary)
+        raise
+    return unpacker.result
+
+
+def _remove(tree: Path) -> None:
+    """Remove *tree*, also directories with modes that forbid it (rmtree follows no links)."""
+    for directory, names, _ in os.walk(tree):
+        for name in names:
+            path = Path(directory, name)
+            if not path.is_symlink():
+                path.chmod(0o700)
+    shutil.rmtree(tree)
+
+
+@dataclass
+class _Unpacker:
+    root: int  # descriptor of the directory that is filled
+    same_owner: bool
+    allow_devices: bool
+    allow_setuid: bool
+    limits: Limits
+    result: Unpacked = field(default_factory=Unpacked)
+    # The directory in which we are, as descriptors from the top down: neighbours in an archive mostly
+    # share it.
+    _path: list[tuple[str, int]] = field(default_factory=list)
+    _directories: dict[str, Member] = field(default_factory=dict)
+
+    def all(self, tarball: Path, progress: Progress | None) -> None:
+        compressed = tarball.stat().st_size
+        allowed = min(self.limits.bytes, self.limits.ratio * compressed + (1 << 20))
+        try:
+            with open_tarball(tarball) as archive:
+                archive.limit = allowed
+                for member in archive:
+                    self._member(member, archive)
+                    if progress:
+                        progress("unpack", archive.position, allowed)
+            os.fchmod(self.root, 0o755)  # unless the archive has an entry for it
+            self._finish_directories()
+        except BadTarball as error:
+            raise UnsafeArchive("", str(error)) from error
+        finally:
+            self._leave(0)
+
+    def _member(self, member: Member, archive: Tarball) -> None:
+        self.result.entries += 1
+        if self.result.entries > self.limits.entries:
+            raise UnsafeArchive(member.name, f"more than {self.limits.entries} entries")
+        *parents, name = self._components(member.name, member)
+        self._refuse(member)
+        try:
+            parent = self._enter(parents, member)
+            match member.kind:
+                case "directory":
+                    self._directory(name, parent, member)
+                case "file":
+                    self._file(name, parent, member, archive)
+                case "symlink":
+                    self._symlink(name, parent, len(parents), member)
+                case "hardlink":
+                    self._hardlink(name, parent, member)
+                case _:
+                    self._device(name, parent, member)
+        except FileExistsError:
+            raise UnsafeArchive(
+                member.name, "there is such an entry already, and it would be replaced"
+            ) from None
+
+    @staticmethod
+    def _components(path: str, member: Member) -> list[str]:
+        """The components of *path*, an honest relative path; [] plus "." for the root itself."""
+        if path.startswith("/"):
+            raise UnsafeArchive(member.name, f"the path {path} is absolute")
+        parts = [part for part in path.split("/") if part not in ("", ".")]
+        if ".." in parts:
+            raise UnsafeArchive(member.name, f"the path {path} has a component ..")
+        if not path:
+            raise UnsafeArchive(member.name, "an empty path")
+        if any(ord(character) < 32 or ord(character) == 127 for character in path):
+            raise UnsafeArchive(member.name, "control characters in a path")
+        if len(os.fsencode(path)) >= 4096 or any(len(os.fsencode(part)) > 255 for part in parts):
+            raise UnsafeArchive(member.name, "the path is longer than the kernel allows (PATH_MAX, NAME_MAX)")
+        return parts or ["."]
+
+    def _refuse(self, member: Member) -> None:
+        """What can be said of an entry without looking where it goes."""
+        if member.kind in ("character device", "block device", "fifo") and not self.allow_devices:
+            raise UnsafeArchive(member.name, f"a {member.kind}, which was not asked for")
+        if member.mode & (stat.S_ISUID | stat.S_ISGID) and not self.allow_setuid:
+            raise UnsafeArchive(
+                member.name, f"mode {member.mode:o}: a set-user-ID or set-group-ID bit was not asked for"
+            )
+        if member.kind != "file" and member.size:
+            raise UnsafeArchive(member.name, f"a {member.kind} with {member.size} bytes of content")
+        if not 0 <= member.mtime < _FAR_FUTURE:  # also false for nan
+            raise UnsafeArchive(
+                member.name, f"its time, {member.mtime} seconds since 1970, is no time of a file"
+            )
+        if max(member.uid, member.gid) >= 0xFFFFFFFF:  # (uid_t) -1 means "leave as it is" to chown(2)
+            raise UnsafeArchive(member.name, f"its owner {member.uid}:{member.gid} is no user")
+
+    def _enter(self, parents: list[str], member: Member) -> int:
+        """A descriptor of the directory *parents*; directories that no entry has described yet are made."""
+        if len(parents) >= self.limits.depth:
+            raise UnsafeArchive(member.name, f"deeper than {self.limits.depth} directories")
+        common = 0
+        while common < min(len(parents), len(self._path)) and self._path[common][0] == parents[common]:
+            common += 1
+        self._leave(common)
+        for part in parents[common:]:
+            above = self._path[-1][1] if self._path else self.root
+            try:
+                descriptor = self._open_directory(part, above, member)
+            except FileNotFoundError:
+                os.mkdir(part, 0o755, dir_fd=above)
+                descriptor = self._open_directory(part, above, member)
+                os.fchmod(descriptor, 0o755)  # whatever the umask is
+            self._path.append((part, descriptor))
+        return self._path[-1][1] if self._path else self.root
+
+    @staticmethod
+    def _open_directory(name: str, above: int, member: Member) -> int:
+        try:
+            return os.open(name, _DIRECTORY, dir_fd=above)
+        except OSError as error:
+            if error.errno in (errno.ENOTDIR, errno.ELOOP):
+                raise UnsafeArchive(
+                    member.name, f"it leads through {name!r}, which is no directory (a symbolic link?)"
+                ) from error
+            raise
+
+    def _leave(self, depth: int) -> None:
+        while len(self._path) > depth:
+            os.close(self._path.pop()[1])
+
+    def _directory(self, name: str, parent: int, member: Member) -> None:
+        if name != ".":
+            try:
+                os.mkdir(name, 0o700, dir_fd=parent)
+            except FileExistsError:
+                self._check_is_directory(name, parent, member)
+        # Mode and time come last: a directory without write permission still has to be filled.
+        self._directories["/".join([*(part for part, _ in self._path), name])] = member
+
+    @staticmethod
+    def _check_is_directory(name: str, parent: int, member: Member) -> None:
+        if not stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
+            raise UnsafeArchive(member.name, "there is such an entry already, and it is no directory")
+
+    def _finish_directories(self) -> None:
+        for path in sorted(self._directories, reverse=True):
+            member = self._directories[path]
+            *parents, name = path.split("/")
+            descriptor = self._open_directory(name, self._enter(parents, member), member)
+            try:
+                self._dress(descriptor, member)
+            finally:
+                os.close(descriptor)
+
+    def _file(self, name: str, parent: int, member: Member, archive: Tarball) -> None:
+        descriptor = os.open(name, _NEW_FILE, 0o600, dir_fd=parent)
+        try:
+            while data := archive.read(_CHUNK):
+                view = memoryview(data)
+                while view:
+                    view = view[os.write(descriptor, view) :]
+            self.result.bytes += member.size
+            self._dress(descriptor, member)
+        finally:
+            os.close(descriptor)
+
+    def _symlink(self, name: str, parent: int, depth: int, member: Member) -> None:
+        target = member.linkname
+        if not target or "\0" in target or len(os.fsencode(target)) >= 4096:
+            raise UnsafeArchive(member.name, "a symbolic link without a target, or with an impossible one")
+        if not target.startswith("/"):
+            for part in target.split("/"):
+                depth += {"..": -1, "": 0, ".": 0}.get(part, 1)
+                if depth < 0:
+                    raise UnsafeArchive(member.name, f"a symbolic link that leads out: {target}")
+        os.symlink(target, name, dir_fd=parent)
+        self._own(member, lambda uid, gid: os.chown(name, uid, gid, dir_fd=parent, follow_symlinks=False))
+        os.utime(name, ns=_times(member), dir_fd=parent, follow_symlinks=False)
+
+    def _hardlink(self, name: str, parent: int, member: Member) -> None:
+        *parents, target = self._components(member.linkname, member)
+        keep = os.dup(parent)
+        try:
+            source = self._enter(parents, member)
+            try:
+                is_file = stat.S_ISREG(os.stat(target, dir_fd=source, follow_symlinks=False).st_mode)
+            except FileNotFoundError:
+                is_file = False
+            if not is_file:
+                raise UnsafeArchive(
+                    member.name, f"a hard link to {member.linkname}, which is no file that came before it"
+                )
+            os.link(target, name, src_dir_fd=source, dst_dir_fd=keep, follow_symlinks=False)
+        finally:
+            os.close(keep)
+
+    def _device(self, name: str, parent: int, member: Member) -> None:
+        kinds = {"character device": stat.S_IFCHR, "block device": stat.S_IFBLK, "fifo": stat.S_IFIFO}
+        try:
+            os.mknod(name, kinds[member.kind] | 0o600, os.makedev(*member.device), dir_fd=parent)
+        except PermissionError as error:
+            raise PermissionError(
+                errno.EPERM,
+                f"mknod({member.name}, {member.kind}): not permitted; "
+                "only root outside of user namespaces makes devices",
+            ) from error
+        self._own(member, lambda uid, gid: os.chown(name, uid, gid, dir_fd=parent, follow_symlinks=False))
+        os.chmod(name, stat.S_IMODE(member.mode), dir_fd=parent)  # it is new and ours: no link
+
+    def _dress(self, descriptor: int, member: Member) -> None:
+        """Owner, mode and time, in this order: chown(2) clears set-user-ID bits."""
+        self._own(member, lambda uid, gid: os.fchown(descriptor, uid, gid))
+        os.fchmod(descriptor, stat.S_IMODE(member.mode))
+        os.utime(descriptor, ns=_times(member))
+
+    def _own(self, member: Member, chown: Callable[[int, int], None]) -> None:
+        if not self.same_owner:
+            return
+        try:
+            chown(member.uid, member.gid)
+        except OSError as error:
+            if error.errno == errno.EINVAL:  # not mapped in this user namespace, user_namespaces(7)
+                self.result.reowned += 1
+            elif error.errno == errno.EPERM:
+                raise PermissionError(
+                    errno.EPERM,
+                    f"chown({member.name}, {member.uid}, {member.gid}): not permitted; only root, or root "
+                    "of a user namespace, gives files away: unpack with same_owner=False",
+                ) from error
+            else:
+                raise
+
+
+def _times(member: Member) -> tuple[int, int]:
+    """Times of access and of change, in nanoseconds, as utimensat(2) wants them."""
+    nanoseconds = int(member.mtime * 10**9)
+    return nanoseconds, nanoseconds
