@@ -121,9 +121,17 @@ def install_packages() -> None:
     say(f"uv installs {count(LOCK)} packages from {LOCK.relative_to(ROOT)}")
     uv: list[str | Path] = [VENV / "bin" / "uv", "pip"]
     # The machine's own certificates: some networks have their own authority.
-    where: list[str | Path] = ["--python", python, "--system-certs", *offline]
+    where: list[str | Path] = ["--python", python, "--system-certs", *offline, *cache()]
     run(*uv, "sync", *where, "--require-hashes", LOCK, hide=(" + ", " - "))
     run(*uv, "install", *where, "--quiet", "--no-deps", "--no-build-isolation", "--editable", ROOT)
+
+
+def cache() -> list[str]:
+    """Return uv's option for a machine where its cache cannot be written, such as one without a home."""
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    place = Path(os.environ.get("UV_CACHE_DIR") or caches / "uv")
+    nearest = next(path for path in (place, *place.parents) if path.exists())
+    return [] if os.access(nearest, os.W_OK) else ["--no-cache"]
 
 
 def count(lock: Path) -> int:
