@@ -178,14 +178,21 @@ def test_nobody_is_asked_and_nothing_installed_where_nobody_can_answer(
 
 
 @pytest.fixture(scope="module")
-def lab() -> Iterator[str]:
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give an empty home."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def lab(home: Path) -> Iterator[str]:
     """Start JupyterLab as `make lab` does; give its address with the token; stop it by Ctrl-C."""
     with socket.socket() as taken:  # the port asked for is in use: it takes the next one
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         command = [sys.executable, str(ROOT / "scripts" / "lab.py"), f"--port={port}", "--no-browser"]
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        environment = {**os.environ, "HOME": str(home)}
+        with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
             assert process.stderr is not None
             for line in process.stderr:
                 if match := re.search(r"http://127\.0\.0\.1:(\d+)/\S+token=\w+", line):
@@ -239,3 +246,8 @@ def test_the_lab_asks_for_no_news_and_has_only_our_kernel(lab: str) -> None:
     kernels = json.loads(get(api(lab, "api/kernelspecs"))[1])["kernelspecs"]
     assert list(kernels) == ["python3"]
     assert kernels["python3"]["resources"]
+
+
+def test_the_lab_leaves_nothing_in_the_home(lab: str, home: Path) -> None:
+    assert get(lab)[0] == 200
+    assert sorted(home.iterdir()) == []
