@@ -83,7 +83,7 @@ class Closure:
     _entries: dict[str, Entry] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Entry]:
-        return iter(sorted(self._entries.values(), key=lambda entry: entry.path))
+        return iter(sorted(self._entries.values(), key=lambda entry: entry.path.split("/")))
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -118,9 +118,9 @@ class Closure:
             executable = source.stat().st_mode & 0o111
             self._add(Entry(path, "file", mode or (0o755 if executable else 0o644), why, source=source))
 
-    def symlink(self, path: str, to: str, why: str) -> None:
-        """Add a relative link at *path* that leads to the path *to*."""
-        target = posixpath.relpath(to, posixpath.dirname(path))
+    def symlink(self, path: str, to: str, why: str, *, absolute: bool = False) -> None:
+        """Add a link at *path* to the path *to*; it is relative, to hold outside too, unless *absolute*."""
+        target = to if absolute else posixpath.relpath(to, posixpath.dirname(path))
         self._add(Entry(path, "symlink", 0o777, why, target=target))
 
     def _add(self, entry: Entry) -> None:
@@ -228,7 +228,9 @@ class _Builder:
         executable = f"/usr/bin/python{home.version}"
         self.closure.file(executable, home.executable, "the Python interpreter")
         for name in ("python3", "python"):
-            self.closure.symlink(f"/usr/bin/{name}", executable, "the Python interpreter")
+            # Absolute: started as /bin/python3, CPython looks for its library from where this link leads,
+            # and in "/bin" it would find none (Modules/getpath.py stops short of the root directory).
+            self.closure.symlink(f"/usr/bin/{name}", executable, "the Python interpreter", absolute=True)
         loader = elf.Loader()
         main = self.libraries(loader, str(home.executable), executable)
         sources: dict[str, bytes] = {}

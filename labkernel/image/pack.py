@@ -169,7 +169,7 @@ def _written_at_once(destination: Path) -> Iterator[BinaryIO]:
     descriptor, name = tempfile.mkstemp(dir=destination.parent, prefix=f".{destination.name}.")
     temporary = Path(name)
     try:
-        with open(descriptor, "wb") as file:  # noqa: PTH123
+        with open(descriptor, "wb") as file:
             yield file
         temporary.chmod(0o644)
         temporary.replace(destination)

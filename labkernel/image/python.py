@@ -76,11 +76,13 @@ def find(executable: Path) -> Python | None:
     there is none.
     """
     base = _out_of_venv(executable).resolve()
-    named = re.fullmatch(r"python(3\.\d+t?)", base.name)
-    pattern = f"python{named[1]}" if named else "python3.*"
+    named = re.fullmatch(r"python(?:3(\.\d+t?)?)?", base.name)
+    if not named:
+        return None
+    pattern = f"python3{named[1]}" if named[1] else "python3.*"
     for lib in ("lib", "lib64"):
         homes = sorted((base.parent.parent / lib).glob(f"{pattern}/os.py"))
-        if base.name.startswith("python") and len(homes) == 1:
+        if len(homes) == 1:
             library = homes[0].parent
             return Python(base, base.parent.parent, library.name.removeprefix("python"), library)
     return None

@@ -64,6 +64,7 @@ def unpack(
     destination: Path,
     *,
     same_owner: bool = False,
+    owner_base: int = 0,
     allow_devices: bool = False,
     allow_setuid: bool = False,
     limits: Limits = Limits(),
@@ -73,8 +74,10 @@ def unpack(
 
     *same_owner*: entries get the uid and gid written in the archive, which takes root, or root of a user
     namespace; an id that the namespace does not map (chown(2) gives EINVAL) falls to the caller, and is
-    counted in ``reowned``. Without it everything belongs to the caller. *allow_devices*: device nodes and
-    fifos are made. *allow_setuid*: the set-user-ID and set-group-ID bits are kept.
+    counted in ``reowned``. *owner_base* is added to both ids: the first id outside of the range that a
+    container's user namespace maps. Without *same_owner* everything belongs to the caller.
+    *allow_devices*: device nodes and fifos are made. *allow_setuid*: the set-user-ID and set-group-ID
+    bits are kept.
 
     Raises UnsafeArchive for whatever an honest image does not hold: names that are absolute or have
     ``..``, hard links and relative symbolic links that lead out, entries that pass through a link, an
@@ -88,7 +91,7 @@ def unpack(
     try:
         root = os.open(temporary, _DIRECTORY)
         try:
-            unpacker = _Unpacker(root, same_owner, allow_devices, allow_setuid, limits)
+            unpacker = _Unpacker(root, same_owner, owner_base, allow_devices, allow_setuid, limits)
             unpacker.all(tarball, progress)
         finally:
             os.close(root)
@@ -113,6 +116,7 @@ def _remove(tree: Path) -> None:
 class _Unpacker:
     root: int  # descriptor of the directory that is filled
     same_owner: bool
+    owner_base: int
     allow_devices: bool
     allow_setuid: bool
     limits: Limits
@@ -132,6 +136,8 @@ class _Unpacker:
                     self._member(member, archive)
                     if progress:
                         progress("unpack", archive.position, allowed)
+            if self.same_owner:
+                os.fchown(self.root, self.owner_base, self.owner_base)
             os.fchmod(self.root, 0o755)  # unless the archive has an entry for it
             self._finish_directories()
         except BadTarball as error:
@@ -319,7 +325,7 @@ class _Unpacker:
         if not self.same_owner:
             return
         try:
-            chown(member.uid, member.gid)
+            chown(self.owner_base + member.uid, self.owner_base + member.gid)
         except OSError as error:
             if error.errno == errno.EINVAL:  # not mapped in this user namespace, user_namespaces(7)
                 self.result.reowned += 1
