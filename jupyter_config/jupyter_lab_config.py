@@ -17,6 +17,5 @@ c.KernelManager.transport_encryption = "auto"
 c.LabApp.news_url = None
 c.LabApp.check_for_updates_class = "jupyterlab.NeverCheckForUpdate"
 c.LabApp.extension_manager = "readonly"
-c.LanguageServerManager.autodetect = (
-    False  # the search starts node and others, which write to the reader's home
-)
+# The search for language servers starts node and others, which write to the reader's home.
+c.LanguageServerManager.autodetect = False
