@@ -250,4 +250,5 @@ def test_the_lab_asks_for_no_news_and_has_only_our_kernel(lab: str) -> None:
 
 def test_the_lab_leaves_nothing_in_the_home(lab: str, home: Path) -> None:
     assert get(lab)[0] == 200
+    assert get(api(lab, "lsp/status"))[0] == 200  # what the page asks next: which language servers there are
     assert sorted(home.iterdir()) == []
