@@ -156,13 +156,9 @@ def _number(data: bytes, what: str) -> int:
             raise BadTarball(f"a header's {what} is negative")
         return value
     digits = data.split(b"\0")[0].strip(b" ")
-    try:
-        value = int(digits or b"0", 8)
-    except ValueError:
-        raise BadTarball(f"a header's {what} is not a number: {digits!r}") from None
-    if value < 0:
-        raise BadTarball(f"a header's {what} is negative")
-    return value
+    if digits.strip(b"01234567"):
+        raise BadTarball(f"a header's {what} is not an octal number: {digits!r}")
+    return int(digits or b"0", 8)
 
 
 def _text(data: bytes) -> str:
