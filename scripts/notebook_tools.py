@@ -70,7 +70,9 @@ def missing(notebook: NotebookNode) -> list[str]:
         return []
     try:
         doctor = import_module("labkernel.lab.doctor")
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if error.name not in ("labkernel.lab", "labkernel.lab.doctor"):
+            raise
         print("(no doctor yet: everything is tried)", flush=True)
         return []
     return list(doctor.missing(list(requires)))
