@@ -325,6 +325,21 @@ def test_an_interrupt_leaves_nothing(place: Place) -> None:
     assert place.state() == before
 
 
+def test_progress_is_told_to_the_end(place: Place) -> None:
+    told: list[tuple[str, int, int]] = []
+    place.unpack(squeeze(good()), progress=lambda *step: told.append(step))
+    assert told[-1] == ("unpack", (size := (place.path / "archive").stat().st_size), size)
+
+
+def test_a_tree_that_forbids_its_owner_everything(place: Place) -> None:
+    closed = header(".", b"5", mode=0) + header("-d", b"5", mode=0) + file("-d/f", mode=0) + END
+    root = place.unpack(closed)
+    assert stat.S_IMODE(root.stat().st_mode) == 0
+    root.chmod(0o700)
+    assert stat.S_IMODE((root / "-d").stat().st_mode) == 0
+    (root / "-d").chmod(0o700)
+
+
 def test_no_descriptor_stays_open(place: Place) -> None:
     before = os.listdir("/proc/self/fd")
     place.refused(file("a/b/c/d") + header("h", b"1", link="x/y/z") + END)
@@ -358,19 +373,21 @@ def test_owners_are_kept_by_root(place: Place) -> None:
     assert owners(place.unpack(OWNED, same_owner=True)) == {"root": 0, "somebody": 1000, "link": 1000}
 
 
+def test_owners_are_moved_to_the_range_of_a_namespace(place: Place) -> None:
+    if os.geteuid():
+        pytest.skip("only root gives files away")
+    root = place.unpack(file("implied/x") + OWNED, same_owner=True, owner_base=200_000)
+    moved = {"implied": 200_000, "root": 200_000, "somebody": 201_000, "link": 201_000}
+    assert owners(root) == moved
+    assert (root.stat().st_uid, root.stat().st_gid) == (200_000, 200_000)
+
+
 def test_owners_that_the_namespace_does_not_map_fall_to_the_caller(place: Place) -> None:
     (place.path / "archive").write_bytes(OWNED)
-    command = [
-        "unshare",
-        "-Ur",
-        sys.executable,
-        "-c",
-        AS_NOBODY,
-        place.path / "archive",
-        place.path / "root",
-        "",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    paths = [str(place.path / "archive"), str(place.path / "root")]
+    done = subprocess.run(
+        ["unshare", "-Ur", sys.executable, "-c", AS_NOBODY, *paths, ""], capture_output=True, text=True
+    )
     if "unshare" in done.stderr:
         pytest.skip(f"no user namespaces here: {done.stderr}")
     assert "reowned=2" in done.stdout, done.stderr
@@ -435,8 +452,9 @@ def attempt(place: Place, data: bytes) -> None:
     before = place.state()
     try:
         place.unpack(data)
-        subprocess.run(["chmod", "-R", "u+rwx", place.path / "root"], check=True)
-        subprocess.run(["rm", "-rf", place.path / "root"], check=True)
+        root = str(place.path / "root")
+        subprocess.run(["chmod", "-R", "u+rwx", root], check=True)
+        subprocess.run(["rm", "-rf", root], check=True)
     except UnsafeArchive:
         pass
     (place.path / "archive").unlink()

@@ -57,7 +57,8 @@ class Python:
         """The files of the standard library that a container wants, sorted."""
         for directory, names, files in os.walk(self.library):
             names[:] = sorted(n for n in names if n not in _NO_DIRECTORIES and not n.startswith("config-"))
-            yield from (Path(directory, name) for name in sorted(files) if not _NO_FILES.fullmatch(name))
+            wanted = (Path(directory, name) for name in sorted(files) if not _NO_FILES.fullmatch(name))
+            yield from (path for path in wanted if path.is_file())  # a link may lead to what is not installed
 
     def relocated(self, file: Path) -> bytes | None:
         """The content of *file* with the host's prefix exchanged, for the few text files that name it;

@@ -54,8 +54,11 @@ class Member:
 class Tarball:
     """The members of one archive, in order; ``read`` gives the content of the member reached last."""
 
-    def __init__(self, stream: BinaryIO) -> None:
-        self.stream = stream
+    def __init__(self, stream: BinaryIO, source: BinaryIO) -> None:
+        self.stream = stream  # of the archive
+        self.source = (
+            source  # the file it comes from, compressed or not: how far it is read tells the progress
+        )
         self.position = 0  # bytes read of the uncompressed archive
         self.limit: int | None = None  # how many there may be
         self._left = 0  # bytes of the current member's content that are not read yet
@@ -231,9 +234,9 @@ def open_tarball(path: Path) -> Iterator[Tarball]:
 
             decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
             raw = decompressor.stream_reader(file, read_across_frames=True)
-            yield Tarball(cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, raw), 1 << 20)))
+            yield Tarball(cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, raw), 1 << 20)), file)
         elif magic[:2] == b"\x1f\x8b":
             with gzip.open(file) as unzipped:
-                yield Tarball(cast(BinaryIO, unzipped))
+                yield Tarball(cast(BinaryIO, unzipped), file)
         else:
-            yield Tarball(file)
+            yield Tarball(file, file)

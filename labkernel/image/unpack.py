@@ -28,6 +28,7 @@ from labkernel.image.tarball import BadTarball, Member, Tarball, open_tarball
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _CHUNK = 1 << 20
+_IMPLIED = Member("a directory", "directory", 0o755, 0, 0, 0, 0.0, "", (0, 0))
 _FAR_FUTURE = 1 << 33  # the year 2242: later times are no times of files
 
 
@@ -74,8 +75,8 @@ def unpack(
 
     *same_owner*: entries get the uid and gid written in the archive, which takes root, or root of a user
     namespace; an id that the namespace does not map (chown(2) gives EINVAL) falls to the caller, and is
-    counted in ``reowned``. *owner_base* is added to both ids: the first id outside of the range that a
-    container's user namespace maps. Without *same_owner* everything belongs to the caller.
+    counted in ``reowned``. *owner_base* is added to both: so root outside gives files to the range of ids
+    that a user namespace maps to 0 and up. Without *same_owner* everything belongs to the caller.
     *allow_devices*: device nodes and fifos are made. *allow_setuid*: the set-user-ID and set-group-ID
     bits are kept.
 
@@ -135,10 +136,10 @@ class _Unpacker:
                 for member in archive:
                     self._member(member, archive)
                     if progress:
-                        progress("unpack", archive.position, allowed)
+                        progress("unpack", archive.source.tell(), compressed)
             if self.same_owner:
                 os.fchown(self.root, self.owner_base, self.owner_base)
-            os.fchmod(self.root, 0o755)  # unless the archive has an entry for it
+            self._dress_implied(self.root)  # unless the archive has an entry for it
             self._finish_directories()
         except BadTarball as error:
             raise UnsafeArchive("", str(error)) from error
@@ -199,7 +200,9 @@ class _Unpacker:
             raise UnsafeArchive(
                 member.name, f"its time, {member.mtime} seconds since 1970, is no time of a file"
             )
-        if max(member.uid, member.gid) >= 0xFFFFFFFF:  # (uid_t) -1 means "leave as it is" to chown(2)
+        if (
+            self.owner_base + max(member.uid, member.gid) >= 0xFFFFFFFF
+        ):  # (uid_t) -1 means "leave as it is" to chown(2)
             raise UnsafeArchive(member.name, f"its owner {member.uid}:{member.gid} is no user")
 
     def _enter(self, parents: list[str], member: Member) -> int:
@@ -217,7 +220,7 @@ class _Unpacker:
             except FileNotFoundError:
                 os.mkdir(part, 0o755, dir_fd=above)
                 descriptor = self._open_directory(part, above, member)
-                os.fchmod(descriptor, 0o755)  # whatever the umask is
+                self._dress_implied(descriptor)
             self._path.append((part, descriptor))
         return self._path[-1][1] if self._path else self.root
 
@@ -251,7 +254,8 @@ class _Unpacker:
             raise UnsafeArchive(member.name, "there is such an entry already, and it is no directory")
 
     def _finish_directories(self) -> None:
-        for path in sorted(self._directories, reverse=True):
+        # From the leaves to the root, which may end up without permission to enter it.
+        for path in sorted(self._directories, key=lambda p: (p != ".", p.count("/")), reverse=True):
             member = self._directories[path]
             *parents, name = path.split("/")
             descriptor = self._open_directory(name, self._enter(parents, member), member)
@@ -320,6 +324,11 @@ class _Unpacker:
         self._own(member, lambda uid, gid: os.fchown(descriptor, uid, gid))
         os.fchmod(descriptor, stat.S_IMODE(member.mode))
         os.utime(descriptor, ns=_times(member))
+
+    def _dress_implied(self, descriptor: int) -> None:
+        """A directory that the archive takes for granted: root's, and open to all, whatever the umask is."""
+        self._own(_IMPLIED, lambda uid, gid: os.fchown(descriptor, uid, gid))
+        os.fchmod(descriptor, 0o755)
 
     def _own(self, member: Member, chown: Callable[[int, int], None]) -> None:
         if not self.same_owner:
