@@ -62,6 +62,9 @@ class CgroupV1(Cgroup):
         for path in dict.fromkeys(self.paths.values()):
             cgroups.write(Path(path, "cgroup.procs"), text)
 
+    def door_fds(self) -> tuple[int, ...]:
+        return tuple(os.open(f"{path}/tasks", os.O_WRONLY | os.O_CLOEXEC) for path in dict.fromkeys(self.paths.values()))
+
     def pids(self) -> list[int]:
         return [int(line) for line in self._read("pids", "cgroup.procs").split()]
 

@@ -138,6 +138,14 @@ class Cgroup(ABC):
         """A descriptor for clone3's CLONE_INTO_CGROUP, where the version knows that (v2); the caller closes it."""
         return None
 
+    def door_fds(self) -> tuple[int, ...]:
+        """Where there is no `into_fd` (v1): descriptors of the files into which a child writes "0" to move itself.
+
+        A single thread that moves itself needs no lock; moving another process takes one for which the kernel may
+        wait 20 ms (cgroup_threadgroup_rwsem in kernel/cgroup/cgroup.c). The caller closes them.
+        """
+        return ()
+
     def remove(self, timeout: float = 5.0) -> None:
         """Remove the group's directories; waits up to `timeout` seconds for processes that are just ending."""
         for path in dict.fromkeys(self.paths.values()):

@@ -1,0 +1,1 @@
+def parse_publish(t): return t

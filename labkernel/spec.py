@@ -1,0 +1,222 @@
+"""What a container shall be: plain data, checked before anything is started.
+
+Names and units are those of `docker run` (https://docs.docker.com/reference/cli/docker/container/run/).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from labkernel.linux.cgroups import Limits
+from labkernel.linux.namespaces import FLAGS
+from labkernel.linux.users import IdMap
+
+MEMORY_MIN = 6 << 20
+"""Docker's own lower bound for --memory: with less, hardly a program starts."""
+
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+NAMESPACES = tuple(FLAGS)
+NETWORKS = ("none", "bridge", "host")
+_UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+class BadOption(ValueError):
+    """An option with a value that cannot be meant; the text names the option, the value, and what is allowed."""
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A directory of the host that is seen inside: --volume SRC:DST[:ro]."""
+
+    source: str
+    target: str
+    read_only: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Volume:
+        """Read "SRC:DST" or "SRC:DST:ro". Raises BadOption, also when SRC is not there."""
+        source, _, rest = text.partition(":")
+        target, _, mode = rest.partition(":")
+        if mode not in ("", "ro", "rw") or not target.startswith("/") or ".." in target.split("/"):
+            raise BadOption(f"--volume {text!r}: write SRC:DST or SRC:DST:ro, with DST an absolute path inside")
+        if not os.path.exists(source):
+            raise BadOption(f"--volume {text!r}: there is no {source!r} on this machine")
+        return cls(os.path.realpath(source), os.path.normpath(target), mode == "ro")
+
+
+@dataclass(frozen=True)
+class Process:
+    """A program to be run inside, and as whom."""
+
+    command: tuple[str, ...]
+    environment: Mapping[str, str]
+    workdir: str = "/"
+    user: str = "0:0"
+    tty: bool = False
+    capabilities: frozenset[int] = frozenset()
+    seccomp: bytes | None = None
+    """The compiled filter program, or None for no filter (`--security-opt seccomp=unconfined`)."""
+    no_new_privs: bool = True
+    rlimits: tuple[tuple[int, int], ...] = ()
+    """(resource, value) pairs for setrlimit, soft and hard alike; man 2 setrlimit."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Everything that the launcher needs to start a container."""
+
+    id: str
+    name: str
+    rootfs: str
+    process: Process
+    hostname: str
+    limits: Limits = field(default_factory=Limits)
+    limits_required: bool = True
+    """False where the limits are only our defaults: without a cgroup they are then left out."""
+    read_only: bool = False
+    volumes: tuple[Volume, ...] = ()
+    network: str = "none"
+    publish: tuple[str, ...] = ()
+    namespaces: frozenset[str] = frozenset(NAMESPACES)
+    masked_paths: bool = True
+    remove: bool = True
+    detach: bool = False
+
+    @property
+    def directory(self) -> Path:
+        """Where the container's record, writable layer and log are."""
+        from labkernel import state
+
+        return state.containers() / self.id
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the launcher hands to the child besides the spec: descriptors, and the id map in force."""
+
+    id_map: IdMap | None
+    channel: int
+    go: int
+    rootfs: int
+    writable: int
+    cgroup: tuple[int, ...]
+    volumes: tuple[int, ...]
+    stdio: tuple[int, int, int]
+
+    def descriptors(self) -> tuple[int, ...]:
+        """All that the child has to keep open."""
+        return (self.channel, self.go, self.rootfs, self.writable, *self.cgroup, *self.volumes, *self.stdio)
+
+
+def parse_size(text: str | int, option: str, minimum: int = 0, maximum: int | None = None) -> int:
+    """Bytes from "64M", "1.5g", "4096" or a number. Raises BadOption with the allowed range."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([bkmgt]?)(?:i?b)?", str(text).strip().lower())
+    size = int(float(match[1]) * _UNITS[match[2]]) if match else -1
+    if size < minimum or (maximum is not None and size > maximum):
+        upper = f" to {human(maximum)} (what this machine has)" if maximum is not None else " or more"
+        raise BadOption(f"{option} {text!r}: give bytes, or a number with K, M or G, from {human(minimum)}{upper}")
+    return size
+
+
+def human(size: float) -> str:
+    """Bytes in the largest unit that leaves a number of at least 1, as `--memory` takes them: 64M."""
+    for unit in ("", "K", "M", "G"):
+        if size < 1024:
+            break
+        size /= 1024
+    else:
+        unit = "T"
+    return f"{size:.3g}{unit}"
+
+
+def machine_memory() -> int:
+    """The machine's memory in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def make_limits(
+    *,
+    memory: str | int | None = None,
+    memory_reservation: str | int | None = None,
+    memory_swap: str | int | None = None,
+    cpus: float | str | None = None,
+    cpu_weight: int | None = None,
+    cpuset_cpus: str | None = None,
+    pids_limit: int | None = None,
+    device_read_bps: Mapping[str, str | int] | None = None,
+    device_write_bps: Mapping[str, str | int] | None = None,
+) -> Limits:
+    """Check the limits and turn them into the kernel's units. Raises BadOption.
+
+    memory_swap is memory and swap together, as for Docker; memory_reservation is the soft limit (memory.high).
+    """
+    whole = machine_memory()
+    size = None if memory is None else parse_size(memory, "--memory", MEMORY_MIN, whole)
+    soft = None
+    if memory_reservation is not None:
+        soft = parse_size(memory_reservation, "--memory-reservation", MEMORY_MIN, size or whole)
+    swap = None
+    if memory_swap is not None:
+        if size is None:
+            raise BadOption(f"--memory-swap {memory_swap!r}: it is memory and swap together, so give --memory too")
+        swap = parse_size(memory_swap, "--memory-swap", size) - size
+    return Limits(
+        memory=size,
+        memory_high=soft,
+        memory_swap=swap,
+        cpus=None if cpus is None else _cpus(cpus),
+        cpu_weight=None if cpu_weight is None else _whole(cpu_weight, "--cpu-weight", 1, 10_000),
+        cpuset_cpus=None if cpuset_cpus is None else _cpuset(cpuset_cpus),
+        pids=None if pids_limit is None else _whole(pids_limit, "--pids-limit", 1, pid_max()),
+        read_bps=_rates(device_read_bps, "--device-read-bps"),
+        write_bps=_rates(device_write_bps, "--device-write-bps"),
+    )
+
+
+def pid_max() -> int:
+    """The most pids that the machine gives out."""
+    return int(Path("/proc/sys/kernel/pid_max").read_text())
+
+
+def _cpus(value: float | str) -> float:
+    have = os.cpu_count() or 1
+    try:
+        cpus = float(value)
+    except ValueError:
+        cpus = -1.0
+    if not 0.01 <= cpus <= have:
+        raise BadOption(f"--cpus {value!r}: give cores from 0.01 to {have} (what this machine has)")
+    return cpus
+
+
+def _whole(value: int, option: str, low: int, high: int) -> int:
+    try:
+        number = int(str(value))
+    except ValueError:
+        number = low - 1
+    if not low <= number <= high:
+        raise BadOption(f"{option} {value!r}: give a whole number from {low} to {high}")
+    return number
+
+
+def _cpuset(text: str) -> str:
+    have = os.cpu_count() or 1
+    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text) or max(map(int, re.findall(r"\d+", text))) >= have:
+        raise BadOption(f'--cpuset-cpus {text!r}: give cores from 0 to {have - 1}, as in "0" or "0-1" or "0,2"')
+    return text
+
+
+def _rates(rates: Mapping[str, str | int] | None, option: str) -> dict[str, int]:
+    """Bytes a second for each block device, by its number; a partition counts as its whole disk."""
+    found = {}
+    for device, rate in (rates or {}).items():
+        try:
+            number = os.stat(device).st_rdev
+        except OSError as error:
+            raise BadOption(f"{option} {device!r}: {error.strerror}; name a block device such as /dev/sda") from None
+        found[f"{os.major(number)}:{os.minor(number)}"] = parse_size(rate, option, 1)
+    return found

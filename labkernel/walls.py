@@ -1,0 +1,261 @@
+"""What the first process of a container does: put up the walls, start the program, and be its init.
+
+`put_up` reads like a boot sequence, top to bottom. It runs in the child that the launcher made with `clone3`, so
+the new namespaces are there already; what follows fills them and locks the doors.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import resource
+import signal
+import socket
+import struct
+import sys
+import termios
+from collections.abc import Iterable
+from typing import NoReturn
+
+from labkernel.linux import capabilities, mounts, network, seccomp, syscalls
+from labkernel.linux.syscalls import MOUNT_ATTR_RDONLY, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG
+from labkernel.spec import Prepared, Process, Spec
+
+NEW_ROOT = "/tmp"
+"""Where the new root is put together. Any directory of the host does: the mount hides it from this process alone."""
+
+CANNOT_RUN, NOT_FOUND, SET_UP_FAILED = 126, 127, 125
+"""Exit statuses of the field: the program cannot be run, is not there; the container could not be made."""
+
+PID_1 = 1
+
+
+def put_up(spec: Spec, given: Prepared) -> NoReturn:
+    """Build the container around this process, start the program, and reap until it ends."""
+    keep_only(given.descriptors())
+    syscalls.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # when the launcher dies, so do we, and all of the container
+    if os.read(given.go, 1) != b"g":  # the launcher is gone, or could not write our id map
+        os._exit(SET_UP_FAILED)
+    try:
+        for fd in given.cgroup:
+            os.write(fd, b"0")  # 0 is this process
+        if given.id_map is not None:
+            become(0, 0)  # root of the new user namespace
+        syscalls.prctl(PR_SET_DUMPABLE, 0)  # nobody inside may look into this process
+        if "cgroup" in spec.namespaces:
+            syscalls.unshare(syscalls.CLONE_NEWCGROUP)  # only now: its root is the cgroup we are in at this moment
+        if "uts" in spec.namespaces:
+            socket.sethostname(spec.hostname)
+        if "net" in spec.namespaces:
+            network.loopback_up()
+
+        root = NEW_ROOT
+        mounts.set_propagation("/", "private")
+        lower = attach(given.rootfs, root)
+        writable = attach(given.writable, root)
+        mounts.overlay(root, [lower], f"{writable}/upper", f"{writable}/work")
+        mounts.proc(f"{root}/proc") if "pid" in spec.namespaces else mounts.bind("/proc", f"{root}/proc", recursive=True)
+        mounts.minimal_dev(f"{root}/dev")
+        mounts.sysfs(f"{root}/sys") if "net" in spec.namespaces else mounts.bind("/sys", f"{root}/sys", recursive=True)
+        for volume, tree in zip(spec.volumes, given.volumes, strict=True):
+            mount_point(root, volume.target, os.path.isdir(f"/proc/self/fd/{tree}"))
+            syscalls.move_mount(tree, f"{root}{volume.target}")
+        mounts.pivot_root_into(root)
+        if spec.masked_paths:
+            for path in mounts.MASKED_PATHS:
+                mounts.mask(path)
+            for path in mounts.READONLY_PATHS:
+                mounts.make_read_only(path)
+        if spec.read_only:
+            syscalls.mount_setattr(syscalls.AT_FDCWD, "/", attr_set=MOUNT_ATTR_RDONLY)
+
+        payload = os.fork()
+        if payload == 0:
+            start_program(spec.process, given.stdio, given.channel)
+        capabilities.limit_to(frozenset({capabilities.Capability.CAP_KILL}))
+    except OSError as error:
+        tell_failure(given.channel, error)
+    keep_only(())
+    be_init(payload)
+
+
+def start_program(process: Process, stdio: tuple[int, int, int], channel: int) -> NoReturn:
+    """Lock the doors for this process and everything it starts, then become the program."""
+    try:
+        os.setsid()
+        if process.tty:
+            stdio = open_terminal(channel)
+        for target, fd in enumerate(stdio):
+            os.dup2(fd, target)
+        for limit, value in process.rlimits:
+            resource.setrlimit(limit, (value, value))
+        uid, gid, groups = look_up_user(process.user)
+        change_directory(process.workdir)
+        capabilities.limit_to(process.capabilities)
+        if uid or gid or groups:
+            become(uid, gid, groups)  # leaving uid 0 gives up the capabilities too
+        if process.no_new_privs:
+            syscalls.prctl(PR_SET_NO_NEW_PRIVS, 1)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores these; programs expect them as they were
+            signal.signal(number, signal.SIG_DFL)
+        socket.send_fds(socket.socket(fileno=os.dup(channel)), [b"ready"], [])
+        if process.seccomp is not None:
+            seccomp.install(process.seccomp)
+    except OSError as error:
+        tell_failure(channel, error)
+    execute(process)
+
+
+def execute(process: Process) -> NoReturn:
+    """execve the command, looked up in the container's PATH; ends with 126 or 127 as a shell does."""
+    program = process.command[0]
+    environment = dict(process.environment)
+    places = [""] if "/" in program else [f"{place}/" for place in environment.get("PATH", "").split(":") if place]
+    status, why = NOT_FOUND, "not found in " + (environment.get("PATH", "") or "an empty PATH")
+    for place in places:
+        try:
+            os.execve(f"{place}{program}", list(process.command), environment)
+        except FileNotFoundError:
+            if os.path.lexists(f"{place}{program}"):
+                why = "it is there, but the interpreter it names, or what its link points to, is not"
+            elif "/" in program:
+                why = "no such file in the container"
+        except OSError as error:
+            status, why = CANNOT_RUN, error.strerror or str(error)
+    os.write(2, f"labkernel: cannot run {program!r}: {why}\n".encode())
+    os._exit(status)
+
+
+def be_init(payload: int) -> NoReturn:
+    """pid 1: reap every orphan, forward signals to the program, and end as it ends (man 7 pid_namespaces)."""
+    everything = signal.valid_signals()
+    signal.pthread_sigmask(signal.SIG_BLOCK, everything)
+    while True:
+        pid, status = reap()
+        if pid == payload:
+            os._exit(exit_status(status))
+        if pid:
+            continue
+        number = signal.sigwait(everything)
+        if number != signal.SIGCHLD:
+            try:
+                os.kill(payload, number)
+            except ProcessLookupError:
+                continue
+
+
+def reap() -> tuple[int, int]:
+    """One child that has ended: (pid, status); pid 0 when none has."""
+    try:
+        return os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError:
+        return 0, 0
+
+
+def exit_status(status: int) -> int:
+    """A wait status as shells and Docker report it: the exit code, or 128 and the signal's number."""
+    return os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
+
+
+def become(uid: int, gid: int, groups: Iterable[int] = ()) -> None:
+    """Take these ids, with no group that is not named."""
+    try:
+        os.setgroups(list(groups))
+    except PermissionError:  # a map of a single id goes with setgroups denied: there is no other group to have
+        if list(groups):
+            raise
+    os.setresgid(gid, gid, gid)
+    os.setresuid(uid, uid, uid)
+
+
+def look_up_user(text: str) -> tuple[int, int, list[int]]:
+    """(uid, gid, further groups) for "user", "uid", "user:group" or "uid:gid", by the container's own files."""
+    user, _, group = text.partition(":")
+    entry = None if user.isdigit() and group.isdigit() else _entry("/etc/passwd", user)
+    if entry is None and not user.isdigit():
+        raise OSError(errno.EINVAL, f"--user {text!r}: the container's /etc/passwd has no user {user!r}")
+    uid = int(entry[2]) if entry else int(user)
+    gid = int(entry[3]) if entry else 0
+    if group:
+        found = None if group.isdigit() else _entry("/etc/group", group)
+        if found is None and not group.isdigit():
+            raise OSError(errno.EINVAL, f"--user {text!r}: the container's /etc/group has no group {group!r}")
+        return uid, int(found[2]) if found else int(group), []
+    members = (line.split(":") for line in _lines("/etc/group")) if entry and uid else ()
+    return uid, gid, [int(line[2]) for line in members if len(line) > 3 and entry and entry[0] in line[3].split(",")]
+
+
+def _entry(path: str, key: str) -> list[str] | None:
+    """The line of passwd or group whose name, or number, is `key`."""
+    rows = (line.split(":") for line in _lines(path))
+    return next((row for row in rows if len(row) > 2 and key in (row[0], row[2])), None)
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read().splitlines()
+    except FileNotFoundError:
+        return []
+
+
+def open_terminal(channel: int) -> tuple[int, int, int]:
+    """A pseudo-terminal from the container's own /dev/pts; its outer end goes to the caller through the channel."""
+    master = os.open("/dev/ptmx", os.O_RDWR | os.O_NOCTTY)
+    fcntl.ioctl(master, termios.TIOCSPTLCK, struct.pack("i", 0))
+    number = struct.unpack("i", fcntl.ioctl(master, termios.TIOCGPTN, b"\0" * 4))[0]
+    inner = os.open(f"/dev/pts/{number}", os.O_RDWR)  # the first terminal of a new session becomes its own
+    socket.send_fds(socket.socket(fileno=os.dup(channel)), [b"tty"], [master])
+    os.close(master)
+    return inner, inner, inner
+
+
+def attach(tree: int, where: str) -> str:
+    """Attach a tree that the launcher opened, and name it by a descriptor: the next mount there will hide it.
+
+    Overlay takes only trees of our own mount namespace, and we could not walk to these: they lie behind
+    directories that are closed to our ids.
+    """
+    syscalls.move_mount(tree, where)
+    return f"/proc/self/fd/{os.open(where, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)}"
+
+
+def mount_point(root: str, target: str, is_directory: bool) -> None:
+    """Make what a volume is mounted on, without following a link of the image out of `root`."""
+    current = root
+    parts = target.strip("/").split("/")
+    for number, part in enumerate(parts):
+        current = f"{current}/{part}"
+        if os.path.islink(current):
+            raise OSError(errno.ELOOP, f"--volume {target}: {current.removeprefix(root)} is a symbolic link in the image")
+        if number + 1 < len(parts) or is_directory:
+            os.makedirs(current, exist_ok=True)
+        elif not os.path.exists(current):
+            os.close(os.open(current, os.O_CREAT | os.O_WRONLY, 0o644))
+
+
+def change_directory(workdir: str) -> None:
+    """Go to --workdir, made where it is missing, as Docker does."""
+    if workdir != "/":
+        os.makedirs(workdir, exist_ok=True)
+    os.chdir(workdir)
+
+
+def keep_only(descriptors: Iterable[int]) -> None:
+    """Close every descriptor but these and the first three, and those point to /dev/null unless they are among them."""
+    first = 3
+    for fd in sorted(set(descriptors)):
+        if fd > first:
+            syscalls.close_range(first, fd - 1)
+        first = max(first, fd + 1)
+    syscalls.close_range(first)
+
+
+def tell_failure(channel: int, error: OSError) -> NoReturn:
+    """Send what failed to whoever started us, and end."""
+    text = error.strerror or str(error)
+    socket.send_fds(socket.socket(fileno=channel), [f"failed {error.errno or 0} {text}".encode()], [])
+    sys.stderr = sys.__stderr__
+    os._exit(SET_UP_FAILED)
