@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import urllib.request
@@ -219,13 +220,26 @@ def test_reads_the_cache_of_the_loader() -> None:
     }
 
 
+def test_libraries_for_certain_processors_are_passed_over(tmp_path: Path) -> None:
+    strings = b"libx.so.1\0/v3/libx.so.1\0/usr/libx.so.1\0"
+    header = struct.pack("=20sII20x", b"glibc-ld.so.cache1.1", 2, len(strings))
+    at = len(header) + 2 * 24
+    for_v3 = struct.pack("=iIIIQ", 0x303, at, at + 10, 0, 1 << 62)
+    for_all = struct.pack("=iIIIQ", 0x303, at, at + 24, 0, 0)
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/ld.so.cache").write_bytes(header + for_v3 + for_all + strings)
+    assert elf.ld_so_cache(tmp_path) == {"libx.so.1": ("/usr/libx.so.1",)}
+
+
 def test_resolves_links_as_inside_the_root(tmp_path: Path) -> None:
     (tmp_path / "usr/lib").mkdir(parents=True)
     (tmp_path / "lib").symlink_to("/usr/lib")
     (tmp_path / "usr/lib/a").symlink_to("../../../../etc/b")
+    (tmp_path / "usr/lib/c").symlink_to("/etc/c")
     (tmp_path / "loop").symlink_to("loop")
     assert elf.resolve("/lib/x", tmp_path) == "/usr/lib/x"
     assert elf.resolve("/lib/a", tmp_path) == "/etc/b"
+    assert elf.resolve("/lib/c", tmp_path) == "/etc/c"
     with pytest.raises(OSError, match="symbolic links to follow"):
         elf.resolve("/loop", tmp_path)
 
@@ -275,6 +289,8 @@ def test_a_library_in_a_home_of_its_own(
     content = closure([program])
     assert not [entry.path for entry in content if "home/" in entry.path]
     root = unpacked(content, tmp_path)
+    if style != "absolute":
+        assert "/usr/lib/libgreet.so" in content  # as far from the program as it was
     assert elf.missing("/usr/bin/greet", root) == []
     done = run(root, "greet")
     assert (done.stdout, done.stderr) == ("hello\n", "")

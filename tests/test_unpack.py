@@ -183,6 +183,9 @@ HOSTILE = {
     "pax size that is no number": (pax(size="-1") + file("a"), "", "not a number"),
     "pax header cut short": (header("p", b"x", size=9) + b"99 path=a".ljust(512, b"\0"), "", "malformed"),
     "pax header of nonsense": (header("p", b"x", size=5) + b"hello".ljust(512, b"\0"), "", "malformed"),
+    "pax record without a value": (
+        header("p", b"x", size=9) + b"9 abcdef\n".ljust(512, b"\0"), "", "malformed",
+    ),
     "wrong checksum": (b"X" + file("a")[1:], "", "checksum"),
     "wrong checksum in the middle": (file("a") + b"X" + file("b")[1:], "", "checksum"),
     "one zero record, then more": (file("a") + bytes(512) + file("b"), "", "and then no end"),
@@ -308,7 +311,8 @@ def test_what_is_there_is_not_touched(place: Place) -> None:
 
 
 def test_a_link_in_the_place_of_the_destination_is_not_followed(place: Place) -> None:
-    (place.path / "root").symlink_to("outside")
+    (place.path / "empty").mkdir()
+    (place.path / "root").symlink_to("empty")
     with pytest.raises(FileExistsError):
         place.unpack(good())
 

@@ -108,9 +108,9 @@ def _out_of_venv(executable: Path) -> Path:
     raise FileNotFoundError(errno.ENOENT, f"{config} says that its Python is in {home}, but there is none")
 
 
-# Runs in the interpreter whose library it is. A fresh one, with a fixed hash seed and one fixed order of
-# work: then the bits of the byte code are the same each time. "Unchecked hash" files (PEP 552) hold no
-# time of the source.
+# Runs in the interpreter whose library it is. A fresh one, with one fixed order of work and a fixed hash
+# seed (before 3.11, byte code has sets in the order of their hashes): then the bits are the same each
+# time. "Unchecked hash" files (PEP 552) hold no time of the source.
 _COMPILE = """
 import importlib.util, marshal, pickle, sys, warnings
 warnings.simplefilter("ignore")

@@ -240,11 +240,10 @@ class _Unpacker:
             os.close(self._path.pop()[1])
 
     def _directory(self, name: str, parent: int, member: Member) -> None:
-        if name != ".":
-            try:
-                os.mkdir(name, 0o700, dir_fd=parent)
-            except FileExistsError:
-                self._check_is_directory(name, parent, member)
+        try:
+            os.mkdir(name, 0o700, dir_fd=parent)
+        except FileExistsError:  # it may be described twice, and "." is there from the start
+            self._check_is_directory(name, parent, member)
         # Mode and time come last: a directory without write permission still has to be filled.
         self._directories["/".join([*(part for part, _ in self._path), name])] = member
 
