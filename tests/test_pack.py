@@ -60,7 +60,7 @@ import zstandard
 from labkernel.image.closure import closure
 from labkernel.image.pack import pack
 shell = closure(["sh", "ls"])
-if os.geteuid() == 0 and len(sys.argv) > 2:
+if sys.argv[2:] == ["nobody"]:
     os.setgroups([]); os.setgid(65534); os.setuid(65534)
 os.umask(0o077)
 for compression in ("zstd", "gzip", "none"):
@@ -81,8 +81,9 @@ def test_the_same_bits_for_everybody_everywhere(shell: Closure, tmp_path: Path) 
         directory.chmod(0o755)
     environment = os.environ | {"LC_ALL": "C", "TZ": "Asia/Tokyo", "PYTHONHASHSEED": "7", "HOME": "/nowhere"}
     environment |= {"PYTHONPATH": str(elsewhere), "PYTHONDONTWRITEBYTECODE": "1"}
-    user = [] if os.geteuid() == 0 else ["unshare", "-Ur"]
-    command = [*user, sys.executable, "-c", ELSEWHERE, str(output), "nobody"]
+    # Root becomes nobody; an ordinary user becomes root, of a user namespace.
+    command = [sys.executable, "-c", ELSEWHERE, str(output)]
+    command = [*command, "nobody"] if os.geteuid() == 0 else ["unshare", "-Ur", *command]
     done = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True)
     assert (done.stdout.split(), done.stderr) == (here, "")
 

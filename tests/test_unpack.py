@@ -134,7 +134,7 @@ HOSTILE = {
         header("l", b"2", link="/tmp/evil") + file("l"), "l", "already",
     ),
     "symlink turned directory": (
-        header("l", b"2", link="/tmp") + header("l", b"5", mode=0o777), "l", "no directory",
+        header("l", b"2", link="/tmp") + header("l", b"5", mode=0o777), "l", "already, and it is no",
     ),
     "directory turned symlink": (
         header("d", b"5", mode=0o755) + header("d", b"2", link="/tmp") + file("d/evil"), "d", "already",
