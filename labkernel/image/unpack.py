@@ -105,6 +105,7 @@ def unpack(
 
 def _remove(tree: Path) -> None:
     """Remove *tree*, also directories with modes that forbid it (rmtree follows no links)."""
+    tree.chmod(0o700)
     for directory, names, _ in os.walk(tree):
         for name in names:
             path = Path(directory, name)
