@@ -49,7 +49,8 @@ def as_root_of_a_namespace(function: Callable[[], Any]) -> Any:
         with open(write_end, "wb") as back:
             pickle.dump(answer, back)
         os._exit(0)
-    os.read(ready, 1)
+    os.close(tell)
+    assert os.read(ready, 1), "no new user namespace"
     root = os.geteuid() == 0
     users.write_maps(
         pid, (users.IdMap(0, users.ROOT_BASE if root else os.getuid(), users.RANGE if root else 1),)
@@ -59,7 +60,7 @@ def as_root_of_a_namespace(function: Callable[[], Any]) -> Any:
     with open(read_end, "rb") as there:
         kind, value = pickle.load(there)
     os.waitpid(pid, 0)
-    for fd in (mapped, go, ready, tell):
+    for fd in (mapped, go, ready):
         os.close(fd)
     if kind == "error":
         raise value

@@ -78,15 +78,16 @@ def namespace() -> Iterator[int]:
         network.loopback_up()
         os.write(tell, b".")
         signal.pause()
-    os.read(ready, 1)
+    os.close(tell)
+    assert os.read(ready, 1), "no new network namespace"
     fd = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY)
     os.kill(pid, signal.SIGKILL)  # the descriptor keeps the namespace
     os.waitpid(pid, 0)
     try:
         yield fd
     finally:
-        for one in (fd, ready, tell):
-            os.close(one)
+        os.close(fd)
+        os.close(ready)
 
 
 def listener(netns: int, address: str, port: int = 80) -> socket.socket:

@@ -103,15 +103,16 @@ def container(serve: Server | None) -> Iterator[int]:
                 threading.Thread(target=serve, args=(connection,)).start()
 
     with child(inside) as pid:
-        os.read(ready, 1)
+        os.close(tell)  # so that the end of a child that fails is noticed
+        assert os.read(ready, 1), "no new namespaces"
         if os.geteuid() == 0:
             users.write_maps(pid, (users.IdMap(0, users.ROOT_BASE, users.RANGE),))
         else:
             users.write_maps(pid, (users.IdMap(0, os.getuid(), 1),))
         os.write(go, b".")
-        os.read(ready, 1)
+        assert os.read(ready, 1), "no server"
         yield pid
-    for fd in (ready, tell, mapped, go):
+    for fd in (ready, mapped, go):
         os.close(fd)
 
 

@@ -73,11 +73,12 @@ def number(name: str) -> int:
 
 NOTHING = ctypes.c_void_p(0)
 
+# With arguments that do no harm should the filter be broken: it is root of the real machine who tries.
 FORBIDDEN: dict[str, Callable[[], int]] = {
-    "mount": lambda: call(number("mount"), b"none", b"/", b"tmpfs", 0, NOTHING),
+    "mount": lambda: call(number("mount"), b"none", b"/nowhere", b"tmpfs", 0, NOTHING),
     "umount2": lambda: call(number("umount2"), b"/nowhere", 0),
-    "pivot_root": lambda: call(number("pivot_root"), b"/", b"/"),
-    "open_tree": lambda: call(number("open_tree"), -100, b"/", 0),
+    "pivot_root": lambda: call(number("pivot_root"), b"/nowhere", b"/nowhere"),
+    "open_tree": lambda: call(number("open_tree"), -100, b"/nowhere", 0),
     "move_mount": lambda: call(number("move_mount"), -1, b"", -1, b"", 0),
     "fsopen": lambda: call(number("fsopen"), b"tmpfs", 0),
     "unshare": lambda: call(number("unshare"), syscalls.CLONE_NEWUSER),
@@ -89,15 +90,15 @@ FORBIDDEN: dict[str, Callable[[], int]] = {
     "request_key": lambda: call(number("request_key"), b"user", b"name", NOTHING, -2),
     "bpf": lambda: call(number("bpf"), 0, NOTHING, 0),
     "perf_event_open": lambda: call(number("perf_event_open"), NOTHING, 0, -1, -1, 0),
-    "kexec_load": lambda: call(number("kexec_load"), 0, 0, NOTHING, 0),
+    "kexec_load": lambda: call(number("kexec_load"), 0, 17, NOTHING, ctypes.c_ulong(2**64 - 1)),
     "init_module": lambda: call(number("init_module"), NOTHING, 0, b""),
     "clock_settime": lambda: call(number("clock_settime"), 0, NOTHING),
-    "settimeofday": lambda: call(number("settimeofday"), NOTHING, NOTHING),
+    "settimeofday": lambda: call(number("settimeofday"), ctypes.c_void_p(1), NOTHING),
     "reboot": lambda: call(number("reboot"), 0, 0, 0, 0),
     "swapon": lambda: call(number("swapon"), b"/nowhere", 0),
     "acct": lambda: call(number("acct"), b"/nowhere"),
     "syslog": lambda: call(number("syslog"), 10, NOTHING, 0),
-    "sethostname": lambda: call(number("sethostname"), b"x", 1),
+    "sethostname": lambda: call(number("sethostname"), b"x", -1),
     "open_by_handle_at": lambda: call(number("open_by_handle_at"), -1, NOTHING, 0),
     "userfaultfd": lambda: call(number("userfaultfd"), 0),
     "io_uring_setup": lambda: call(number("io_uring_setup"), 1, NOTHING),
@@ -114,10 +115,11 @@ def test_it_fails_with_eperm(name: str) -> None:
     assert filtered(FORBIDDEN[name]) == errno.EPERM
 
 
-@pytest.mark.parametrize("name", ["open_tree", "kcmp", "clock_settime", "vsock"])
-def test_without_the_filter_it_would_not(name: str) -> None:
-    """The check of the checks: it is the filter that answers above, not the kernel for some other reason."""
-    nothing_forbidden = seccomp.compile_profile(Profile((Rule(("kexec_load",), ERRNO),), ALLOW))
+@pytest.mark.skipif(os.geteuid() != 0, reason="to others the kernel itself answers EPERM")
+@pytest.mark.parametrize("name", FORBIDDEN)
+def test_without_the_filter_root_gets_another_answer(name: str) -> None:
+    """The check of the checks: it is the filter that answers EPERM above, not the kernel."""
+    nothing_forbidden = seccomp.compile_profile(Profile((Rule(("uselib",), ERRNO | 1),), ALLOW))
     assert filtered(FORBIDDEN[name], nothing_forbidden) != errno.EPERM
 
 
