@@ -184,6 +184,7 @@ def test_nothing_can_be_added_and_the_message_names_it() -> None:
     as_root_of_a_namespace(work)
 
 
+@needs_ids
 def test_a_child_with_nothing_may_do_nothing_of_this() -> None:
     def work() -> list[str]:
         capabilities.limit_to(())

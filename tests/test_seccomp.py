@@ -116,11 +116,10 @@ def test_it_fails_with_eperm(name: str) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="to others the kernel itself answers EPERM")
-@pytest.mark.parametrize("name", FORBIDDEN)
-def test_without_the_filter_root_gets_another_answer(name: str) -> None:
+def test_without_the_filter_root_gets_other_answers() -> None:
     """The check of the checks: it is the filter that answers EPERM above, not the kernel."""
     nothing_forbidden = seccomp.compile_profile(Profile((Rule(("uselib",), ERRNO | 1),), ALLOW))
-    assert filtered(FORBIDDEN[name], nothing_forbidden) != errno.EPERM
+    assert [name for name in FORBIDDEN if filtered(FORBIDDEN[name], nothing_forbidden) == errno.EPERM] == []
 
 
 @pytest.mark.parametrize(
