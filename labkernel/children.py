@@ -1,11 +1,11 @@
 """The notebook's side of the launcher: run a function in a child process, and see what it printed and returned.
 
-    def hostname():
-        unshare(CLONE_NEWUTS)
-        sethostname("box")
-        return gethostname()
+def hostname():
+    unshare(CLONE_NEWUTS)
+    sethostname("box")
+    return gethostname()
 
-    in_child(hostname)          # the notebook's own kernel is still where it was
+in_child(hostname)          # the notebook's own kernel is still where it was
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ STARTED_WITHIN = 30.0
 
 
 class LauncherDied(RuntimeError):
-    """The launcher process ended while we waited for it; what it ran has ended with it. The next call starts another."""
+    """The launcher process ended while we waited for it; what it ran has ended. The next call starts another."""
 
 
 class ChildFailed(RuntimeError):
@@ -50,7 +50,10 @@ class Launcher:
         self._control = ours
         self._lock = threading.Lock()
         self.join = join
-        start = f"import sys; sys.path[:] = {sys.path!r}\nfrom labkernel.launcher import main; main({theirs.fileno()}, {join})"
+        start = (
+            f"import sys; sys.path[:] = {sys.path!r}\n"
+            f"from labkernel.launcher import main; main({theirs.fileno()}, {join})"
+        )
         command = [*_delegated_scope(), sys.executable, "-S", "-c", start]
         with theirs:
             self.process = subprocess.Popen(
@@ -161,7 +164,9 @@ class Child:
         if "error" in answer:
             raise _with_note(answer["error"], answer["traceback"])
         if answer.get("exit") not in (None, 0) and "value" not in answer:
-            raise ChildFailed(f"the child ended with exit status {answer['exit']}", os.waitstatus_to_exitcode(status))
+            raise ChildFailed(
+                f"the child ended with exit status {answer['exit']}", os.waitstatus_to_exitcode(status)
+            )
         return answer.get("value")
 
     def kill(self) -> None:
@@ -179,8 +184,9 @@ class Child:
         raw = bytearray()
         status: int | None = None
         with selectors.DefaultSelector() as selector:
-            for stream in (*self._streams, self._result, self._channel.socket):
+            for stream in (*self._streams, self._result):
                 selector.register(stream, selectors.EVENT_READ)
+            selector.register(self._channel.socket, selectors.EVENT_READ)
             while status is None or selector.get_map():
                 left = None if end is None else end - time.monotonic()
                 if left is not None and left <= 0:
@@ -210,7 +216,8 @@ class Child:
 def start_child(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Child:
     """Start `function` in a child of the launcher and return at once.
 
-    For an ordinary user the child is root of a user namespace of the lab's own. The function may be defined in the notebook; its value must be picklable.
+    For an ordinary user the child is root of a user namespace of the lab's own. The function may be defined in the
+    notebook; its value must be picklable.
     """
     import cloudpickle
 
@@ -231,9 +238,7 @@ def start_child(function: Callable[..., Any], *arguments: Any, **keywords: Any) 
     return Child(channel, stdout, stderr, result)
 
 
-def in_child(
-    function: Callable[..., T], *arguments: Any, timeout: float | None = None, **keywords: Any
-) -> T:
+def in_child(function: Callable[..., T], *arguments: Any, timeout: float | None = None, **keywords: Any) -> T:
     """Run `function` in a child process: print what it prints, raise what it raises, return what it returns.
 
     The child may unshare, chroot, mount, or kill itself; this process stays as it is. See `start_child` and
@@ -291,7 +296,11 @@ def _signal_name(number: int) -> str:
 
 def _where_launchers_complain() -> int | IO[bytes]:
     """A traceback of the launcher itself would be our own fault; LABKERNEL_DEBUG shows it."""
-    return sys.__stderr__.fileno() if os.environ.get("LABKERNEL_DEBUG") and sys.__stderr__ else subprocess.DEVNULL
+    return (
+        sys.__stderr__.fileno()
+        if os.environ.get("LABKERNEL_DEBUG") and sys.__stderr__
+        else subprocess.DEVNULL
+    )
 
 
 def _delegated_scope() -> list[str]:

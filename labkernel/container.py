@@ -105,7 +105,7 @@ class Container:
             "device_read_bps": device_read_bps, "device_write_bps": device_write_bps,
         }  # fmt: skip
         asked = {key: value for key, value in given.items() if value is not None}
-        limits = spec.make_limits(**(_defaults(asked) | asked))  # type: ignore[arg-type]
+        limits = spec.make_limits(**(_defaults(asked) | asked))
         identity = secrets.token_hex(6)
         self.name = _checked_name(name) if name else identity
         command = tuple(command)
@@ -113,7 +113,9 @@ class Container:
             raise BadOption(f"command {command!r}: give the program and its arguments as a list of texts")
         kinds = frozenset(namespaces)
         if not {"mnt", "pid"} <= kinds <= set(spec.NAMESPACES):
-            raise BadOption(f"namespaces {sorted(kinds)}: choose among {spec.NAMESPACES}; mnt and pid are always needed")
+            raise BadOption(
+                f"namespaces {sorted(kinds)}: choose among {spec.NAMESPACES}; mnt and pid are always needed"
+            )
         if network not in spec.NETWORKS:
             raise BadOption(f"--network {network!r}: choose one of {', '.join(spec.NETWORKS)}")
         process = Process(
@@ -273,7 +275,8 @@ class Container:
             command=tuple(command),
             tty=False,
             environment={**self.spec.process.environment, **(env or {})},
-            **{key: value for key, value in (("user", user), ("workdir", workdir)) if value is not None},
+            user=self.spec.process.user if user is None else user,
+            workdir=self.spec.process.workdir if workdir is None else workdir,
         )
         record = state.find(self.spec.id)
         return run_inside(children.launcher(), record, process, input, timeout)
@@ -318,7 +321,9 @@ class Container:
     def __enter__(self) -> Self:
         return self if self._channel else self.start()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._last_log = self.logs()
         self.kill()
 
@@ -336,7 +341,9 @@ class Container:
                 self.terminal = fds[0]
             elif isinstance(message, dict):
                 self._ended = message
-                raise ContainerError(f"the container ended with status {message['status']} before its program ran")
+                raise ContainerError(
+                    f"the container ended with status {message['status']} before its program ran"
+                )
             elif message.startswith(b"failed "):
                 _, number, text = message.decode().split(" ", 2)
                 with contextlib.suppress(children.LauncherDied):
@@ -345,7 +352,11 @@ class Container:
 
 
 def run_inside(
-    launcher: children.Launcher, record: Mapping[str, Any], process: Process, input: bytes | None, timeout: float | None
+    launcher: children.Launcher,
+    record: Mapping[str, Any],
+    process: Process,
+    input: bytes | None,
+    timeout: float | None,
 ) -> Completed:
     """Run `process` in the container of `record` and collect its output."""
     pipes = [os.pipe() for _ in range(2)]
@@ -397,7 +408,11 @@ def _read_all(fds: list[int], end: float | None) -> list[bytes]:
 def _defaults(asked: Mapping[str, object]) -> dict[str, Any]:
     """Our default limits, as far as this machine is large enough for them."""
     small = spec.machine_memory() < spec.parse_size(str(DEFAULT_LIMITS["memory"]), "--memory")
-    return {key: value for key, value in DEFAULT_LIMITS.items() if key not in asked and not (small and key == "memory")}
+    return {
+        key: value
+        for key, value in DEFAULT_LIMITS.items()
+        if key not in asked and not (small and key == "memory")
+    }
 
 
 def _opened(fd: int, flags: int, closing: contextlib.ExitStack) -> int:
@@ -415,7 +430,9 @@ def _checked_name(name: str) -> str:
     if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}", name):
         raise BadOption(f"--name {name!r}: use letters, digits, and _ . - (at most 63 characters)")
     if any(record["name"] == name for record in state.records()):
-        raise BadOption(f"--name {name!r}: there is a container of that name already; labkernel rm {name} removes it")
+        raise BadOption(
+            f"--name {name!r}: there is a container of that name already; labkernel rm {name} removes it"
+        )
     return name
 
 
@@ -454,7 +471,7 @@ def _capabilities(drop: Iterable[str], add: Iterable[str]) -> frozenset[int]:
     from labkernel.linux import capabilities
 
     try:
-        return frozenset((capabilities.DOCKER_DEFAULT - capabilities.parse(drop)) | capabilities.parse(add))
+        return frozenset(capabilities.docker_set(add, drop))
     except ValueError as error:
         raise BadOption(f"--cap-drop, --cap-add: {error}") from None
 

@@ -30,7 +30,9 @@ def rootfs(image: str = STANDARD, *, progress: Progress | None = None) -> Path:
             raise NoSuchImage(f"{image} is not a directory")
         return Path(image)
     if (known := _known.get((image, state.home()))) and known.is_dir():
-        return known  # whether it is up to date is looked at once a process: that takes longer than a container
+        return (
+            known  # whether it is up to date is looked at once a process: that takes longer than a container
+        )
     if image != STANDARD:
         raise NoSuchImage(f"no image {image!r}; there is: {STANDARD}")
     from labkernel.image.store import build_rootfs
@@ -38,7 +40,11 @@ def rootfs(image: str = STANDARD, *, progress: Progress | None = None) -> Path:
     built = build_rootfs(image, progress=progress)
     base = children.launcher().facts["container_map"]
     # The owner is part of the name: root's containers and an ordinary user's see different ids on disk.
-    place = state.home() / "rootfs" / f"{image}-{built.digest.removeprefix('sha256:')[:16]}-{base['outside']}-{base['count']}"
+    place = (
+        state.home()
+        / "rootfs"
+        / f"{image}-{built.digest.removeprefix('sha256:')[:16]}-{base['outside']}-{base['count']}"
+    )
     if not place.is_dir():
         place.parent.mkdir(parents=True, exist_ok=True)
         for stale in place.parent.glob(f"{image}-*-{base['outside']}-{base['count']}"):

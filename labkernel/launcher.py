@@ -31,7 +31,7 @@ import cloudpickle
 
 from labkernel import relay, state, walls
 from labkernel.container import cgroup_at
-from labkernel.linux import cgroups, mounts, namespaces, syscalls, users
+from labkernel.linux import cgroups, namespaces, syscalls, users
 from labkernel.spec import Prepared, Process, Spec, Volume
 
 Message = dict[str, Any]
@@ -150,7 +150,9 @@ class Launcher:
             syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
             _run_function((stdin, stdout, stderr), result, _contents(function))
         _send(channel, {"pid": pid})
-        self._watch(Child(pid, pidfd, channel, lambda status: {"status": status}, killers=[lambda: _kill_group(pid)]))
+        self._watch(
+            Child(pid, pidfd, channel, lambda status: {"status": status}, killers=[lambda: _kill_group(pid)])
+        )
 
     def do_container(self, request: Message, channel: socket.socket, fds: list[int]) -> None:
         """Start a container from its specification."""
@@ -167,13 +169,20 @@ class Launcher:
             directory.mkdir(parents=True)
             undo.callback(shutil.rmtree, directory, ignore_errors=True)
             state.write_record(directory, record)  # before anything that it names
-            listeners = [(relay.parse_publish(text), undo.enter_context(_listen(text))) for text in spec.publish]
+            listeners = [
+                (relay.parse_publish(text), undo.enter_context(_listen(text))) for text in spec.publish
+            ]
             group = self._make_cgroup(spec, undo)
-            record |= {"cgroup": group.paths if group else None, "limits": spec.limits.given() if group else {}}
+            record |= {
+                "cgroup": group.paths if group else None,
+                "limits": spec.limits.given() if group else {},
+            }
             id_map = users.container_map(self.id_maps) if "user" in spec.namespaces else None
             with contextlib.ExitStack() as closing:
                 if request["logged"]:
-                    log = os.open(directory / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+                    log = os.open(
+                        directory / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600
+                    )
                     closing.callback(os.close, log)
                     fds = [log if number in request["logged"] else fd for number, fd in enumerate(fds)]
                 given = self._prepare(spec, directory, id_map, group, channel, fds, closing)
@@ -296,7 +305,9 @@ class Launcher:
             self.network_helper.detach(spec.id)
         message: Message = {"status": walls.exit_status(status), "stats": group.stats() if group else None}
         if group:
-            if group.pids():  # all died with their pid 1; only a process that was sent in from outside may be left
+            if (
+                group.pids()
+            ):  # all died with their pid 1; only a process that was sent in from outside may be left
                 group.kill()
             group.remove()
         if spec.remove:
@@ -334,9 +345,9 @@ def _run_function(stdio: tuple[int, int, int], result: int, pickled: bytes) -> N
     """Call the function with the cell's standard streams, send back what it returns or raises, and end."""
     for target, fd in enumerate(stdio):
         os.dup2(fd, target)
-    sys.stdin = open(0, encoding="utf-8", closefd=False)
-    sys.stdout = open(1, "w", encoding="utf-8", buffering=1, closefd=False)
-    sys.stderr = open(2, "w", encoding="utf-8", buffering=1, closefd=False)
+    sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
+    sys.stdout = os.fdopen(1, "w", encoding="utf-8", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", encoding="utf-8", buffering=1, closefd=False)
     code = 0
     try:
         function, arguments, keywords = pickle.loads(pickled)
@@ -358,7 +369,9 @@ def _run_function(stdio: tuple[int, int, int], result: int, pickled: bytes) -> N
     os._exit(code & 0xFF)
 
 
-def _enter_and_run(record: Message, process: Process, channel: socket.socket, stdio: tuple[int, int, int]) -> NoReturn:
+def _enter_and_run(
+    record: Message, process: Process, channel: socket.socket, stdio: tuple[int, int, int]
+) -> NoReturn:
     """Join the container's cgroup and namespaces, start the program in a child there, and end as it ends."""
     try:
         init = state.ProcessKey(**record["init"])
@@ -393,7 +406,8 @@ def _enter_user_namespace(join: int | None) -> tuple[users.IdMap, ...]:
     if join is not None and not namespaces.shared("self", join)["user"]:
         with namespaces.opened(join, "user") as fd:
             syscalls.setns(fd, syscalls.CLONE_NEWUSER)
-        lines = [line.split() for line in open("/proc/self/uid_map", encoding="ascii")]
+        with open("/proc/self/uid_map", encoding="ascii") as file:
+            lines = [line.split() for line in file]
         walls.become(0, 0)
         return tuple(users.IdMap(int(a), int(b), int(c)) for a, b, c in lines)
     try:
@@ -420,8 +434,12 @@ def _volume_tree(volume: Volume, id_map: users.IdMap | None, closing: contextlib
     """A detached copy of the volume's mount, ready to be attached inside."""
     tree = _tree(volume.source, closing)
     attributes = syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV
-    syscalls.mount_setattr(tree, attr_set=attributes | (syscalls.MOUNT_ATTR_RDONLY if volume.read_only else 0))
-    if id_map and id_map.outside:  # root's container: let files of the host's root be those of the container's root
+    syscalls.mount_setattr(
+        tree, attr_set=attributes | (syscalls.MOUNT_ATTR_RDONLY if volume.read_only else 0)
+    )
+    if (
+        id_map and id_map.outside
+    ):  # root's container: let files of the host's root be those of the container's root
         with contextlib.suppress(OSError), _user_namespace(id_map) as fd:
             syscalls.mount_setattr(tree, attr_set=syscalls.MOUNT_ATTR_IDMAP, userns_fd=fd)
     return tree
@@ -497,7 +515,9 @@ def end_session(session: int) -> int:
     """Kill every process of the launcher's session but the launcher; what it started cannot leave it unnoticed."""
     killed = 0
     for _ in range(100):
-        members = [pid for pid in _pids() if pid not in (session, os.getpid()) and _session_of(pid) == session]
+        members = [
+            pid for pid in _pids() if pid not in (session, os.getpid()) and _session_of(pid) == session
+        ]
         if not members:
             break
         for pid in members:
@@ -597,4 +617,3 @@ def main(control_fd: int, join: int | None = None) -> None:
         launcher.run()
     finally:
         record.unlink(missing_ok=True)
-

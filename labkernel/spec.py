@@ -42,7 +42,9 @@ class Volume:
         source, _, rest = text.partition(":")
         target, _, mode = rest.partition(":")
         if mode not in ("", "ro", "rw") or not target.startswith("/") or ".." in target.split("/"):
-            raise BadOption(f"--volume {text!r}: write SRC:DST or SRC:DST:ro, with DST an absolute path inside")
+            raise BadOption(
+                f"--volume {text!r}: write SRC:DST or SRC:DST:ro, with DST an absolute path inside"
+            )
         if not os.path.exists(source):
             raise BadOption(f"--volume {text!r}: there is no {source!r} on this machine")
         return cls(os.path.realpath(source), os.path.normpath(target), mode == "ro")
@@ -118,19 +120,19 @@ def parse_size(text: str | int, option: str, minimum: int = 0, maximum: int | No
     size = int(float(match[1]) * _UNITS[match[2]]) if match else -1
     if size < minimum or (maximum is not None and size > maximum):
         upper = f" to {human(maximum)} (what this machine has)" if maximum is not None else " or more"
-        raise BadOption(f"{option} {text!r}: give bytes, or a number with K, M or G, from {human(minimum)}{upper}")
+        raise BadOption(
+            f"{option} {text!r}: give bytes, or a number with K, M or G, from {human(minimum)}{upper}"
+        )
     return size
 
 
 def human(size: float) -> str:
     """Bytes in the largest unit that leaves a number of at least 1, as `--memory` takes them: 64M."""
-    for unit in ("", "K", "M", "G"):
-        if size < 1024:
-            break
+    units = ["", "K", "M", "G", "T"]
+    while size >= 1024 and len(units) > 1:
         size /= 1024
-    else:
-        unit = "T"
-    return f"{size:.3g}{unit}"
+        units.pop(0)
+    return f"{size:.3g}{units[0]}"
 
 
 def machine_memory() -> int:
@@ -162,7 +164,9 @@ def make_limits(
     swap = None
     if memory_swap is not None:
         if size is None:
-            raise BadOption(f"--memory-swap {memory_swap!r}: it is memory and swap together, so give --memory too")
+            raise BadOption(
+                f"--memory-swap {memory_swap!r}: it is memory and swap together, so give --memory too"
+            )
         swap = parse_size(memory_swap, "--memory-swap", size) - size
     return Limits(
         memory=size,
@@ -206,7 +210,9 @@ def _whole(value: int, option: str, low: int, high: int) -> int:
 def _cpuset(text: str) -> str:
     have = os.cpu_count() or 1
     if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text) or max(map(int, re.findall(r"\d+", text))) >= have:
-        raise BadOption(f'--cpuset-cpus {text!r}: give cores from 0 to {have - 1}, as in "0" or "0-1" or "0,2"')
+        raise BadOption(
+            f'--cpuset-cpus {text!r}: give cores from 0 to {have - 1}, as in "0" or "0-1" or "0,2"'
+        )
     return text
 
 
@@ -217,6 +223,8 @@ def _rates(rates: Mapping[str, str | int] | None, option: str) -> dict[str, int]
         try:
             number = os.stat(device).st_rdev
         except OSError as error:
-            raise BadOption(f"{option} {device!r}: {error.strerror}; name a block device such as /dev/sda") from None
+            raise BadOption(
+                f"{option} {device!r}: {error.strerror}; name a block device such as /dev/sda"
+            ) from None
         found[f"{os.major(number)}:{os.minor(number)}"] = parse_size(rate, option, 1)
     return found

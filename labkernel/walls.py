@@ -14,7 +14,6 @@ import signal
 import socket
 import struct
 import sys
-import termios
 from collections.abc import Iterable
 from typing import NoReturn
 
@@ -28,13 +27,16 @@ NEW_ROOT = "/tmp"
 CANNOT_RUN, NOT_FOUND, SET_UP_FAILED = 126, 127, 125
 """Exit statuses of the field: the program cannot be run, is not there; the container could not be made."""
 
-PID_1 = 1
+TIOCSPTLCK, TIOCGPTN = 0x40045431, 0x80045430
+"""Unlock a pseudo-terminal, and ask for its number; <asm-generic/ioctls.h>, man 2 TIOCSPTLCK."""
 
 
 def put_up(spec: Spec, given: Prepared) -> NoReturn:
     """Build the container around this process, start the program, and reap until it ends."""
     keep_only(given.descriptors())
-    syscalls.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # when the launcher dies, so do we, and all of the container
+    syscalls.prctl(
+        PR_SET_PDEATHSIG, signal.SIGKILL
+    )  # when the launcher dies, so do we, and all of the container
     if os.read(given.go, 1) != b"g":  # the launcher is gone, or could not write our id map
         os._exit(SET_UP_FAILED)
     try:
@@ -42,9 +44,12 @@ def put_up(spec: Spec, given: Prepared) -> NoReturn:
             os.write(fd, b"0")  # 0 is this process
         if given.id_map is not None:
             become(0, 0)  # root of the new user namespace
+            syscalls.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # again: a change of the user resets it
         syscalls.prctl(PR_SET_DUMPABLE, 0)  # nobody inside may look into this process
         if "cgroup" in spec.namespaces:
-            syscalls.unshare(syscalls.CLONE_NEWCGROUP)  # only now: its root is the cgroup we are in at this moment
+            syscalls.unshare(
+                syscalls.CLONE_NEWCGROUP
+            )  # only now: its root is the cgroup we are in at this moment
         if "uts" in spec.namespaces:
             socket.sethostname(spec.hostname)
         if "net" in spec.namespaces:
@@ -55,9 +60,13 @@ def put_up(spec: Spec, given: Prepared) -> NoReturn:
         lower = attach(given.rootfs, root)
         writable = attach(given.writable, root)
         mounts.overlay(root, [lower], f"{writable}/upper", f"{writable}/work")
-        mounts.proc(f"{root}/proc") if "pid" in spec.namespaces else mounts.bind("/proc", f"{root}/proc", recursive=True)
+        mounts.proc(f"{root}/proc") if "pid" in spec.namespaces else mounts.bind(
+            "/proc", f"{root}/proc", recursive=True
+        )
         mounts.minimal_dev(f"{root}/dev")
-        mounts.sysfs(f"{root}/sys") if "net" in spec.namespaces else mounts.bind("/sys", f"{root}/sys", recursive=True)
+        mounts.sysfs(f"{root}/sys") if "net" in spec.namespaces else mounts.bind(
+            "/sys", f"{root}/sys", recursive=True
+        )
         for volume, tree in zip(spec.volumes, given.volumes, strict=True):
             mount_point(root, volume.target, os.path.isdir(f"/proc/self/fd/{tree}"))
             syscalls.move_mount(tree, f"{root}{volume.target}")
@@ -73,7 +82,8 @@ def put_up(spec: Spec, given: Prepared) -> NoReturn:
         payload = os.fork()
         if payload == 0:
             start_program(spec.process, given.stdio, given.channel)
-        capabilities.limit_to(frozenset({capabilities.Capability.CAP_KILL}))
+        forward = frozenset({capabilities.Capability.CAP_KILL})  # all that init needs: to forward signals
+        capabilities.capset(forward, forward)
     except OSError as error:
         tell_failure(given.channel, error)
     keep_only(())
@@ -92,16 +102,21 @@ def start_program(process: Process, stdio: tuple[int, int, int], channel: int) -
             resource.setrlimit(limit, (value, value))
         uid, gid, groups = look_up_user(process.user)
         change_directory(process.workdir)
+        if process.seccomp is not None and not process.no_new_privs:
+            seccomp.install(process.seccomp)  # takes CAP_SYS_ADMIN where no_new_privs is not set
         capabilities.limit_to(process.capabilities)
         if uid or gid or groups:
             become(uid, gid, groups)  # leaving uid 0 gives up the capabilities too
         if process.no_new_privs:
             syscalls.prctl(PR_SET_NO_NEW_PRIVS, 1)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores these; programs expect them as they were
+        for number in (
+            signal.SIGPIPE,
+            signal.SIGXFSZ,
+        ):  # Python ignores these; programs expect them as they were
             signal.signal(number, signal.SIG_DFL)
         socket.send_fds(socket.socket(fileno=os.dup(channel)), [b"ready"], [])
-        if process.seccomp is not None:
+        if process.seccomp is not None and process.no_new_privs:
             seccomp.install(process.seccomp)
     except OSError as error:
         tell_failure(channel, error)
@@ -112,7 +127,9 @@ def execute(process: Process) -> NoReturn:
     """execve the command, looked up in the container's PATH; ends with 126 or 127 as a shell does."""
     program = process.command[0]
     environment = dict(process.environment)
-    places = [""] if "/" in program else [f"{place}/" for place in environment.get("PATH", "").split(":") if place]
+    places = (
+        [""] if "/" in program else [f"{place}/" for place in environment.get("PATH", "").split(":") if place]
+    )
     status, why = NOT_FOUND, "not found in " + (environment.get("PATH", "") or "an empty PATH")
     for place in places:
         try:
@@ -163,7 +180,9 @@ def become(uid: int, gid: int, groups: Iterable[int] = ()) -> None:
     """Take these ids, with no group that is not named."""
     try:
         os.setgroups(list(groups))
-    except PermissionError:  # a map of a single id goes with setgroups denied: there is no other group to have
+    except (
+        PermissionError
+    ):  # a map of a single id goes with setgroups denied: there is no other group to have
         if list(groups):
             raise
     os.setresgid(gid, gid, gid)
@@ -184,7 +203,11 @@ def look_up_user(text: str) -> tuple[int, int, list[int]]:
             raise OSError(errno.EINVAL, f"--user {text!r}: the container's /etc/group has no group {group!r}")
         return uid, int(found[2]) if found else int(group), []
     members = (line.split(":") for line in _lines("/etc/group")) if entry and uid else ()
-    return uid, gid, [int(line[2]) for line in members if len(line) > 3 and entry and entry[0] in line[3].split(",")]
+    return (
+        uid,
+        gid,
+        [int(line[2]) for line in members if len(line) > 3 and entry and entry[0] in line[3].split(",")],
+    )
 
 
 def _entry(path: str, key: str) -> list[str] | None:
@@ -204,8 +227,8 @@ def _lines(path: str) -> list[str]:
 def open_terminal(channel: int) -> tuple[int, int, int]:
     """A pseudo-terminal from the container's own /dev/pts; its outer end goes to the caller through the channel."""
     master = os.open("/dev/ptmx", os.O_RDWR | os.O_NOCTTY)
-    fcntl.ioctl(master, termios.TIOCSPTLCK, struct.pack("i", 0))
-    number = struct.unpack("i", fcntl.ioctl(master, termios.TIOCGPTN, b"\0" * 4))[0]
+    fcntl.ioctl(master, TIOCSPTLCK, struct.pack("i", 0))
+    number = struct.unpack("i", fcntl.ioctl(master, TIOCGPTN, b"\0" * 4))[0]
     inner = os.open(f"/dev/pts/{number}", os.O_RDWR)  # the first terminal of a new session becomes its own
     socket.send_fds(socket.socket(fileno=os.dup(channel)), [b"tty"], [master])
     os.close(master)
@@ -229,7 +252,10 @@ def mount_point(root: str, target: str, is_directory: bool) -> None:
     for number, part in enumerate(parts):
         current = f"{current}/{part}"
         if os.path.islink(current):
-            raise OSError(errno.ELOOP, f"--volume {target}: {current.removeprefix(root)} is a symbolic link in the image")
+            raise OSError(
+                errno.ELOOP,
+                f"--volume {target}: {current.removeprefix(root)} is a symbolic link in the image",
+            )
         if number + 1 < len(parts) or is_directory:
             os.makedirs(current, exist_ok=True)
         elif not os.path.exists(current):

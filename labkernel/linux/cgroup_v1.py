@@ -26,7 +26,15 @@ from pathlib import Path
 
 from labkernel.linux import cgroups
 from labkernel.linux.cgroup_v2 import kill_all_frozen
-from labkernel.linux.cgroups import CPU_PERIOD_USEC, Cgroup, CgroupMount, CgroupParent, CgroupUnavailable, Limits, Stats
+from labkernel.linux.cgroups import (
+    CPU_PERIOD_USEC,
+    Cgroup,
+    CgroupMount,
+    CgroupParent,
+    CgroupUnavailable,
+    Limits,
+    Stats,
+)
 
 ALWAYS = ("memory", "cpu", "cpuacct", "pids", "freezer", "blkio")
 """The trees in which every container gets a group; cpuset only where it is asked for, it has to be filled first."""
@@ -45,7 +53,9 @@ class CgroupV1(Cgroup):
 
     @property
     def paths(self) -> dict[str, str]:
-        return {name: path for name, path in self._directories.items() if name in ALWAYS or os.path.isdir(path)}
+        return {
+            name: path for name, path in self._directories.items() if name in ALWAYS or os.path.isdir(path)
+        }
 
     def set(self, limits: Limits) -> list[tuple[str, str]]:
         if limits.cpuset_cpus is not None:
@@ -63,7 +73,10 @@ class CgroupV1(Cgroup):
             cgroups.write(Path(path, "cgroup.procs"), text)
 
     def door_fds(self) -> tuple[int, ...]:
-        return tuple(os.open(f"{path}/tasks", os.O_WRONLY | os.O_CLOEXEC) for path in dict.fromkeys(self.paths.values()))
+        return tuple(
+            os.open(f"{path}/tasks", os.O_WRONLY | os.O_CLOEXEC)
+            for path in dict.fromkeys(self.paths.values())
+        )
 
     def pids(self) -> list[int]:
         return [int(line) for line in self._read("pids", "cgroup.procs").split()]
@@ -137,7 +150,9 @@ class CgroupV1(Cgroup):
             plain = ("memory", "memory.limit_in_bytes", str(memory))
             raising = memory > self._number("memory", "memory.limit_in_bytes")
             both = [swap, plain] if raising else [plain, swap]
-            files += both if limits.memory_swap is not None else self._with_memsw_raised(plain, memory, raising)
+            files += (
+                both if limits.memory_swap is not None else self._with_memsw_raised(plain, memory, raising)
+            )
         if limits.memory_high is not None:
             files.append(("memory", "memory.soft_limit_in_bytes", str(limits.memory_high)))
         if limits.cpus is not None:
@@ -150,7 +165,9 @@ class CgroupV1(Cgroup):
         if limits.pids is not None:
             files.append(("pids", "pids.max", str(limits.pids)))
         for way, rates in (("read", limits.read_bps), ("write", limits.write_bps)):
-            files += [("blkio", f"blkio.throttle.{way}_bps_device", f"{dev} {rate}") for dev, rate in rates.items()]
+            files += [
+                ("blkio", f"blkio.throttle.{way}_bps_device", f"{dev} {rate}") for dev, rate in rates.items()
+            ]
         return files
 
     def _with_memsw_raised(

@@ -13,7 +13,15 @@ import time
 from pathlib import Path
 
 from labkernel.linux import cgroups
-from labkernel.linux.cgroups import CPU_PERIOD_USEC, Cgroup, CgroupMount, CgroupParent, CgroupUnavailable, Limits, Stats
+from labkernel.linux.cgroups import (
+    CPU_PERIOD_USEC,
+    Cgroup,
+    CgroupMount,
+    CgroupParent,
+    CgroupUnavailable,
+    Limits,
+    Stats,
+)
 
 WANTED = ("cpu", "memory", "pids", "io", "cpuset")
 LAUNCHER = "labkernel-launcher"
@@ -79,7 +87,15 @@ class CgroupV2(Cgroup):
         )
 
     def limits_written(self) -> dict[str, str]:
-        names = ("memory.max", "memory.high", "memory.swap.max", "cpu.max", "cpu.weight", "cpuset.cpus", "pids.max")
+        names = (
+            "memory.max",
+            "memory.high",
+            "memory.swap.max",
+            "cpu.max",
+            "cpu.weight",
+            "cpuset.cpus",
+            "pids.max",
+        )
         texts = {str(self.directory / name): self._read(name).strip() for name in (*names, "io.max")}
         return {path: text for path, text in texts.items() if text}
 
@@ -157,7 +173,9 @@ class ParentV2(CgroupParent):
         except OSError as error:
             with contextlib.suppress(OSError):
                 (own / LAUNCHER).rmdir()
-            raise CgroupUnavailable(error.errno, f"{own} is not ours to divide: {_why(error)}; {DELEGATION}") from None
+            raise CgroupUnavailable(
+                error.errno, f"{own} is not ours to divide: {_why(error)}; {DELEGATION}"
+            ) from None
         if not (own / "cgroup.procs").exists() or not os.access(own, os.W_OK):
             raise CgroupUnavailable(errno.EACCES, f"{own} is not writable; {DELEGATION}")
         return cls(own)

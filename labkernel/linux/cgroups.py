@@ -218,7 +218,9 @@ def parent() -> CgroupParent:
 
     here = mounts()
     if not here:
-        raise CgroupUnavailable("no cgroup file system is mounted: as root, mount -t cgroup2 none /sys/fs/cgroup")
+        raise CgroupUnavailable(
+            "no cgroup file system is mounted: as root, mount -t cgroup2 none /sys/fs/cgroup"
+        )
     paths = own_paths()
     for mounted in here:
         # On a hybrid machine the v2 tree is there too, but the controllers are with v1.
@@ -266,7 +268,7 @@ def numbers(text: str) -> dict[str, int]:
 
 
 def parse_pressure(files: Iterable[tuple[str, str]]) -> dict[str, float]:
-    """"avg10" of the line "some" of each pressure file; what the kernel does not count is left out."""
+    """ "avg10" of the line "some" of each pressure file; what the kernel does not count is left out."""
     found = {}
     for name, text in files:
         first = text.partition("\n")[0]

@@ -72,7 +72,9 @@ def bind(source: PathLike, target: PathLike, *, recursive: bool = False, read_on
         syscalls.mount(None, target, None, MS_REMOUNT | MS_BIND | MS_RDONLY)
 
 
-def tmpfs(target: PathLike, *, mode: int = 0o755, size: int | None = None, flags: int = MS_NOSUID | MS_NODEV) -> None:
+def tmpfs(
+    target: PathLike, *, mode: int = 0o755, size: int | None = None, flags: int = MS_NOSUID | MS_NODEV
+) -> None:
     """Mount an empty file system that lives in memory; `size` in bytes."""
     data = f"mode={mode:o}" + (f",size={size}" if size is not None else "")
     syscalls.mount("tmpfs", target, "tmpfs", flags, data)
@@ -118,7 +120,9 @@ def minimal_dev(target: PathLike) -> None:
     for name in ("pts", "shm", "mqueue"):
         os.mkdir(f"{dev}/{name}")
     # gid 5 is tty by old custom; without such an id in the map the option would be refused.
-    syscalls.mount("devpts", f"{dev}/pts", "devpts", MS_NOSUID | MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620")
+    syscalls.mount(
+        "devpts", f"{dev}/pts", "devpts", MS_NOSUID | MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620"
+    )
     syscalls.mount("shm", f"{dev}/shm", "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, "mode=1777,size=65536k")
     syscalls.mount("mqueue", f"{dev}/mqueue", "mqueue", MS_NOSUID | MS_NODEV | MS_NOEXEC)
 

@@ -86,25 +86,46 @@ USUAL_CAUSES: Mapping[tuple[str, int], str] = {
     "inside a chroot CLONE_NEWUSER is refused too",
     ("unshare", errnos.EINVAL): "CLONE_NEWUSER is refused to a process with several threads; use a child",
     ("unshare", errnos.ENOSPC): "the limit in /proc/sys/user/max_*_namespaces is reached (0 forbids them)",
-    ("clone3", errnos.EPERM): "needs CAP_SYS_ADMIN, or CLONE_NEWUSER among the flags, and a machine that allows it",
+    (
+        "clone3",
+        errnos.EPERM,
+    ): "needs CAP_SYS_ADMIN, or CLONE_NEWUSER among the flags, and a machine that allows it",
     ("clone3", errnos.ENOSPC): "the limit in /proc/sys/user/max_*_namespaces is reached (0 forbids them)",
-    ("clone3", errnos.EBUSY): "the cgroup has child groups with controllers enabled: no processes are allowed in it",
+    (
+        "clone3",
+        errnos.EBUSY,
+    ): "the cgroup has child groups with controllers enabled: no processes are allowed in it",
     ("setns", errnos.EPERM): "needs CAP_SYS_ADMIN in the user namespace that owns the target namespace",
-    ("setns", errnos.EINVAL): "not a namespace of that type, or a process with threads enters a user or mount namespace",
+    (
+        "setns",
+        errnos.EINVAL,
+    ): "not a namespace of that type, or a process with threads enters a user or mount namespace",
     ("mount", errnos.EPERM): "needs CAP_SYS_ADMIN in the user namespace that owns this mount namespace; "
     "for proc and sysfs also one that is fully visible already, and a pid or network namespace of our own",
-    ("mount", errnos.EINVAL): "an option that this file system does not know, or for overlay an upperdir on a file "
+    (
+        "mount",
+        errnos.EINVAL,
+    ): "an option that this file system does not know, or for overlay an upperdir on a file "
     "system without extended attributes (overlay itself, NFS): put it on a tmpfs or a disk",
     ("mount", errnos.ENODEV): "this kernel has no such file system",
     ("mount", errnos.EBUSY): "the target or the source is in use already",
     ("umount2", errnos.EINVAL): "not a mount point, or one that is locked to a mount namespace above",
     ("umount2", errnos.EBUSY): "in use; MNT_DETACH unmounts once nobody uses it any more",
-    ("pivot_root", errnos.EINVAL): "new_root must be a mount point (bind it onto itself), put_old must lie below it, "
+    (
+        "pivot_root",
+        errnos.EINVAL,
+    ): "new_root must be a mount point (bind it onto itself), put_old must lie below it, "
     "and neither may be in a shared mount: make the tree private first",
     ("pivot_root", errnos.EBUSY): "new_root or put_old is the root that is in use already",
     ("pivot_root", errnos.EPERM): "needs CAP_SYS_ADMIN in the user namespace that owns this mount namespace",
-    ("mount_setattr", errnos.EINVAL): "this file system knows no id-mapped mounts, or the mount is in use already",
-    ("mount_setattr", errnos.EPERM): "needs CAP_SYS_ADMIN where the file system was mounted; and flags that are "
+    (
+        "mount_setattr",
+        errnos.EINVAL,
+    ): "this file system knows no id-mapped mounts, or the mount is in use already",
+    (
+        "mount_setattr",
+        errnos.EPERM,
+    ): "needs CAP_SYS_ADMIN where the file system was mounted; and flags that are "
     "locked from a namespace above cannot be cleared",
     ("seccomp", errnos.EACCES): "set no_new_privs first, or hold CAP_SYS_ADMIN",
     ("seccomp", errnos.EINVAL): "the kernel refuses this filter program, or has no seccomp filters",
@@ -156,7 +177,9 @@ def setns(fd: int, flags: int = 0) -> None:
     check(libc.setns(fd, flags), "setns", f"fd {fd}, {flag_names(flags) or 'any kind'}")
 
 
-def mount(source: str | None, target: PathLike, fstype: str | None, flags: int = 0, data: str | None = None) -> None:
+def mount(
+    source: str | None, target: PathLike, fstype: str | None, flags: int = 0, data: str | None = None
+) -> None:
     """Attach a file system, bind a tree, move one, or change a mount's flags. man 2 mount."""
     result = libc.mount(_bytes(source), os.fsencode(target), _bytes(fstype), flags, _bytes(data))
     if result == -1:
@@ -262,7 +285,12 @@ def mount_setattr(
     flags = AT_EMPTY_PATH | (AT_RECURSIVE if recursive else 0)
     raw = os.fsencode(path)
     result = libc.syscall(
-        SYS_mount_setattr, fd, raw, ctypes.c_uint(flags), ctypes.byref(attr), ctypes.c_size_t(ctypes.sizeof(attr))
+        SYS_mount_setattr,
+        fd,
+        raw,
+        ctypes.c_uint(flags),
+        ctypes.byref(attr),
+        ctypes.c_size_t(ctypes.sizeof(attr)),
     )
     check(result, "mount_setattr", os.fspath(path) or f"fd {fd}")
 
