@@ -1,0 +1,5 @@
+"""`python -m labkernel` is the command `labkernel`."""
+
+from labkernel.cli import main
+
+main(prog_name="labkernel")
