@@ -11,6 +11,7 @@ the child is killed.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import gc
 import json
@@ -31,7 +32,7 @@ import cloudpickle
 
 from labkernel import relay, state, walls
 from labkernel.container import cgroup_at
-from labkernel.linux import cgroups, namespaces, syscalls, users
+from labkernel.linux import cgroups, mounts, namespaces, syscalls, users
 from labkernel.spec import Prepared, Process, Spec, Volume
 
 Message = dict[str, Any]
@@ -409,11 +410,20 @@ def _enter_user_namespace(join: int | None) -> tuple[users.IdMap, ...]:
         with open("/proc/self/uid_map", encoding="ascii") as file:
             lines = [line.split() for line in file]
         walls.become(0, 0)
+        _own_mounts()
         return tuple(users.IdMap(int(a), int(b), int(c)) for a, b, c in lines)
     try:
-        return users.become_root_of_own_namespace()
+        id_maps = users.become_root_of_own_namespace()
+        _own_mounts()
     except OSError:
         return ()  # the doctor finds out why and says it; a plain child still works
+    return id_maps
+
+
+def _own_mounts() -> None:
+    """A mount namespace that belongs to our user namespace: copying a mount takes CAP_SYS_ADMIN over it."""
+    syscalls.unshare(syscalls.CLONE_NEWNS)
+    mounts.set_propagation("/", "slave")
 
 
 def _cgroup_parent() -> tuple[cgroups.CgroupParent | None, str]:
@@ -603,8 +613,7 @@ def _remove_leftovers(record: Message, parent: cgroups.CgroupParent | None) -> l
 def main(control_fd: int, join: int | None = None) -> None:
     """Entry point of the launcher process; `control_fd` is our end of the socket to the notebook."""
     syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)
-    with open("/proc/self/comm", "w", encoding="ascii") as file:
-        file.write("labkernel")
+    _take_name("labkernel")
     key = state.ProcessKey.of(os.getpid())
     record = state.launchers() / f"{key.pid}.json"
     record.parent.mkdir(parents=True, exist_ok=True)
@@ -617,3 +626,15 @@ def main(control_fd: int, join: int | None = None) -> None:
         launcher.run()
     finally:
         record.unlink(missing_ok=True)
+
+
+def _take_name(name: str) -> None:
+    """Be `name` to ps, here and in the containers, whose init is a copy of us: our arguments tell paths of the host."""
+    with open("/proc/self/comm", "w", encoding="ascii") as file:
+        file.write(name)
+    with open("/proc/self/stat", "rb") as stat:
+        start, end = map(
+            int, stat.read().rpartition(b")")[2].split()[45:47]
+        )  # arg_start, arg_end; man 5 proc
+    ctypes.memset(start, 0, end - start)
+    ctypes.memmove(start, name.encode(), min(len(name), end - start - 1))

@@ -84,6 +84,11 @@ def test_the_forbidden_is_refused(forbidden: str) -> None:
     assert Container("python", ["sh", "-c", forbidden]).run().returncode != 0
 
 
+def test_init_tells_nothing_of_the_host() -> None:
+    shown = Container("python", ["cat", "/proc/1/cmdline"]).run().stdout
+    assert shown.rstrip(b"\0") == b"labkernel"
+
+
 def test_memory_limit_kills() -> None:
     needs_limits()
     ended = Container("python", ["python3", "-c", "x = bytearray(200 << 20)"], memory="48M").run()
