@@ -177,6 +177,76 @@ def rm(name: str, force: bool) -> None:
     click.echo(name)
 
 
+@main.command("exec", context_settings={"allow_interspersed_args": False})
+@click.argument("name")
+@click.argument("command", nargs=-1, required=True)
+def exec_(name: str, command: tuple[str, ...]) -> None:
+    """Run one more program in a container that runs; the exit status is the program's (notebook 14)."""
+    from labkernel import children, state
+    from labkernel.container import Container, run_inside
+
+    with _plain_errors():
+        record = state.find(name)
+        launcher = children.Launcher(join=record["launcher"]["pid"])
+        # The same walls as the container's own, as far as its record tells them.
+        process = Container("python", command, seccomp=record["process"]["seccomp"]).spec.process
+        ended = run_inside(launcher, record, process, None, None)
+        launcher.close()
+    sys.stdout.buffer.write(ended.stdout)
+    sys.stderr.buffer.write(ended.stderr)
+    sys.stdout.flush()
+    sys.exit(ended.returncode)
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
+def stats(as_json: bool) -> None:
+    """Show once what each running container uses (notebooks 15 to 17)."""
+    from dataclasses import asdict
+
+    from labkernel import state
+    from labkernel.container import cgroup_at
+    from labkernel.spec import human
+
+    rows = []
+    for record in state.records():
+        group = cgroup_at(record.get("cgroup"))
+        if record["state"] == "running" and group:
+            rows.append({"name": record["name"], **asdict(group.stats())})
+    if as_json:
+        click.echo(json.dumps(rows))
+        return
+    click.echo(f"{'NAME':<20} {'CPU SECONDS':>12} {'MEMORY':>8} {'PIDS':>5}")
+    for row in rows:
+        memory = human(row["memory_bytes"])
+        click.echo(f"{row['name']:<20} {row['cpu_usec'] / 1e6:>12.2f} {memory:>8} {row['pids']:>5}")
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
+def doctor(as_json: bool) -> None:
+    """Try what this machine allows: a container, and limits; exit status 1 where no container can be made."""
+    from labkernel import children
+    from labkernel.container import Container
+
+    try:
+        ended = Container("python", ["true"]).run(timeout=60)
+        trouble = "" if ended.returncode == 0 else f"`true` ended with status {ended.returncode}"
+    except (OSError, RuntimeError) as error:
+        trouble = getattr(error, "strerror", None) or str(error)
+    facts = children.launcher().facts
+    children.close_launcher()
+    if as_json:
+        click.echo(json.dumps({"container": trouble or "yes", **facts}))
+    else:
+        version = facts["cgroup_version"]
+        click.echo(f"containers: {trouble or 'yes, one was started'}")
+        click.echo(
+            f"limits:     {facts['no_cgroup'] or f'cgroup v{version}, ' + ', '.join(facts['controllers'])}"
+        )
+    sys.exit(1 if trouble else 0)
+
+
 @main.command()
 def clean() -> None:
     """Remove what a killed lab has left behind."""
