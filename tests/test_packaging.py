@@ -197,12 +197,23 @@ def lab(home: Path) -> Iterator[str]:
             for line in process.stderr:
                 if match := re.search(r"http://127\.0\.0\.1:(\d+)/\S+token=\w+", line):
                     assert int(match[1]) != port
+                    answers(int(match[1]))
                     yield match[0]
                     break
             process.send_signal(signal.SIGINT)
             rest = process.stderr.read()
             process.wait(timeout=20)
     assert "Shutdown this Jupyter server" not in rest
+
+
+def answers(port: int) -> None:
+    """Wait until the server accepts connections: it tells its address a moment before."""
+    for _ in range(200):
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=5).close()
+            return
+        except ConnectionRefusedError:
+            time.sleep(0.1)
 
 
 def get(url: str) -> tuple[int, str]:
