@@ -2,4 +2,4 @@
 
 from labkernel.cli import main
 
-main(prog_name="labkernel")
+main()

@@ -1,4 +1,9 @@
-"""The command line: the same containers as in the notebooks, with the options of `docker run`."""
+"""The command line: the same containers as in the notebooks, with the options of `docker run`.
+
+Every verb is a few lines over `Container`, the records in `labkernel.state`, and the launcher. What goes wrong is
+told in one line, with Docker's exit status for "not a matter of the program inside": 125.
+Source: https://docs.docker.com/reference/cli/docker/
+"""
 
 from __future__ import annotations
 
@@ -6,226 +11,143 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
 
 import click
 
-SET_UP_FAILED = 125
+FAILED = 125
+"""Docker's exit status where labkernel, not the program inside, has failed."""
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-@contextlib.contextmanager
-def _plain_errors() -> Iterator[None]:
-    """What goes wrong is told in one line, and ends with Docker's status for "no container was made"."""
+class Verbs(click.Group):
+    """The verbs in the order in which one needs them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """As defined here, not as in the alphabet."""
+        return list(self.commands)
+
+
+@click.group(cls=Verbs, context_settings={"max_content_width": 110})
+def verbs() -> None:
+    """Containers from scratch: build a root file system, run a program behind all walls, watch it, remove it.
+
+    "[07-uts]" behind an option names the notebook that teaches what it does.
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and end with its exit status."""
     try:
-        yield
-    except (OSError, ValueError, LookupError, RuntimeError) as error:
-        text = getattr(error, "strerror", None) or str(error)
-        click.echo(f"labkernel: {text}", err=True)
-        sys.exit(SET_UP_FAILED)
-
-
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-def main() -> None:
-    """Containers from scratch: build a root file system, run a program behind all walls, watch it, remove it."""
-
-
-@main.command()
-@click.argument("name", default="python")
-@click.option("--json", "as_json", is_flag=True, help="Print what was built as JSON.")
-def build(name: str, as_json: bool) -> None:
-    """Build the root file system NAME from this machine's own programs, and unpack it (notebook 23)."""
-    from tqdm import tqdm
-
-    from labkernel.image.store import build_rootfs
-    from labkernel.images import STANDARD, NoSuchImage, rootfs
-
-    with _plain_errors(), tqdm(total=None, unit="", disable=not sys.stderr.isatty(), leave=False) as bar:
-        if name != STANDARD:
-            raise NoSuchImage(f"no recipe {name!r}; there is: {STANDARD}")
-
-        def progress(what: str, done: int, total: int) -> None:
-            bar.set_description(what, refresh=False)
-            bar.total = total
-            bar.update(done - bar.n)
-
-        image = build_rootfs(name, progress=progress)
-        rootfs(name)
-    if as_json:
-        facts = {
-            "name": image.name,
-            "bytes": image.bytes,
-            "zstd_bytes": image.zstd_bytes,
-            "files": image.files,
-        }
-        click.echo(json.dumps([facts | {"digest": image.digest}]))
-    else:
-        click.echo(f"{image.name}: {image.files} files, {image.bytes / 1e6:.0f} MB, {image.digest}")
-
-
-_OPTIONS: list[Callable[[Any], Any]] = [
-    click.option("--name", help="A name instead of a random one."),
-    click.option("--hostname", help="The container's host name (notebook 07)."),
-    click.option("--memory", help="Memory limit, as in 64M (notebook 16)."),
-    click.option("--cpus", help="Cores, as in 0.5 (notebook 15)."),
-    click.option("--pids-limit", type=int, help="Processes and threads (notebook 17)."),
-    click.option("--cpuset-cpus", help="Which cores, as in 0-1 (notebook 15)."),
-    click.option("--publish", "-p", multiple=True, help="HOST:CONTAINER port on 127.0.0.1 (notebook 10)."),
-    click.option("--volume", "-v", "volumes", multiple=True, help="SRC:DST or SRC:DST:ro (notebook 04)."),
-    click.option("--env", "-e", multiple=True, help="KEY=VALUE (notebook 01)."),
-    click.option("--read-only", is_flag=True, help="No writable layer to write to (notebook 06)."),
-    click.option("--cap-drop", multiple=True, help="A capability to take away, or ALL (notebook 18)."),
-    click.option("--cap-add", multiple=True, help="A capability to give (notebook 18)."),
-    click.option("--security-opt", multiple=True, help="seccomp=unconfined or seccomp=FILE (notebook 19)."),
-    click.option("--user", "-u", default="0:0", help="User or uid, with :group (notebook 11)."),
-    click.option("--workdir", "-w", default="/", help="Where the program starts (notebook 01)."),
-    click.option("--network", default="none", help="none, bridge or host (notebook 10)."),
-    click.option(
-        "--rm", "remove", is_flag=True, help="Remove the container when it has ended (notebook 06)."
-    ),
-    click.option("--detach", "-d", is_flag=True, help="Print the id and leave it running (notebook 23)."),
-]
-
-
-def _with_options(function: Any) -> Any:
-    for option in reversed(_OPTIONS):
-        function = option(function)
-    return function
-
-
-@main.command(context_settings={"allow_interspersed_args": False})
-@_with_options
-@click.argument("words", nargs=-1, required=True, metavar="[IMAGE] COMMAND...")
-def run(words: tuple[str, ...], env: tuple[str, ...], security_opt: tuple[str, ...], **options: Any) -> None:
-    """Run a program in a new container; the exit status is the program's."""
-    from labkernel import children
-    from labkernel.container import Container
-    from labkernel.images import STANDARD
-    from labkernel.spec import BadOption
-
-    with _plain_errors():
-        image, command = (words[0], words[1:]) if words[0] == STANDARD and words[1:] else (STANDARD, words)
-        for text in security_opt:
-            if not text.startswith("seccomp="):
-                raise BadOption(f"--security-opt {text!r}: give seccomp=unconfined or seccomp=FILE")
-        seccomp = security_opt[-1].removeprefix("seccomp=") if security_opt else "default"
-        environment = dict(item.partition("=")[::2] for item in env)
-        container = Container(image, command, env=environment, seccomp=seccomp, **options)
-        if options["detach"]:
-            container.start()
-            click.echo(container.spec.id)
-            children.launcher().detach()
-            os._exit(0)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda received, _: container.signal(received))
-        container.start(0, 1, 2)
-        status = container.wait()
+        status = verbs.main(arguments, prog_name="labkernel", standalone_mode=False)
+        sys.stdout.flush()
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        status = FAILED
+    except click.UsageError as error:
+        verb = error.ctx.command_path if error.ctx else "labkernel"
+        status = _failed(f"{error.format_message()} ({verb} --help lists what there is)")
+    except (click.Abort, KeyboardInterrupt):
+        status = 128 + signal.SIGINT
+    except BrokenPipeError:  # `labkernel ps | head -1`: whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 128 + signal.SIGPIPE
+    except Exception as error:
+        if os.environ.get("LABKERNEL_DEBUG"):
+            raise
+        status = _failed(_in_words(error))
     sys.exit(status)
 
 
-@main.command()
-@click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
-def ps(as_json: bool) -> None:
-    """List the containers on this machine."""
-    from labkernel import state
-
-    keys = ("id", "name", "pid", "state", "image", "command", "publish")
-    if as_json:
-        click.echo(json.dumps([{key: record.get(key) for key in keys} for record in state.records()]))
-        return
-    click.echo(f"{'NAME':<20} {'STATE':<8} {'PID':>8}  COMMAND")
-    for record in state.records():
-        click.echo(
-            f"{record['name']:<20} {record['state']:<8} {record.get('pid', ''):>8}  {' '.join(record['command'])}"
-        )
+def _failed(text: str) -> int:
+    click.echo("labkernel: " + " ".join(text.split()), err=True)
+    return FAILED
 
 
-@main.command()
-@click.argument("name")
-@click.option("--time", "seconds", default=10.0, help="Seconds before it is killed.")
-def stop(name: str, seconds: float) -> None:
-    """End a container: SIGTERM to its program, SIGKILL when that takes too long (notebook 09)."""
-    import time
-
-    from labkernel import state
-
-    with _plain_errors():
-        init = state.ProcessKey(**state.find(name)["init"])
-        for number, wait in ((signal.SIGTERM, seconds), (signal.SIGKILL, 10.0)):
-            end = time.monotonic() + wait
-            if init.alive():
-                os.kill(init.pid, number)
-            while init.alive() and time.monotonic() < end:
-                time.sleep(0.02)
-    click.echo(name)
+def _in_words(error: Exception) -> str:
+    """What an exception says, without Python's "[Errno 2]"; one that nobody expected says so."""
+    if isinstance(error, OSError):
+        text = error.strerror or str(error) or type(error).__name__
+        return f"{text}: {error.filename}" if error.filename else text
+    if isinstance(error, (ValueError, LookupError, RuntimeError)) and str(error):
+        return str(error)
+    return f"an error of labkernel itself, {type(error).__name__}: {error}; LABKERNEL_DEBUG=1 shows where"
 
 
-@main.command()
-@click.argument("name")
-@click.option("--force", "-f", is_flag=True, help="Kill it first if it runs.")
-def rm(name: str, force: bool) -> None:
-    """Remove a container that has ended: its writable layer, its log, its record (notebook 06)."""
-    from labkernel import children, state
+# ---------------------------------------------------------------------- options that several verbs have
 
-    with _plain_errors():
-        record = state.find(name)
-        if record["state"] in ("running", "paused") and not force:
-            raise RuntimeError(f"container {name} is running; stop it first, or give --force")
-        children.launcher().ask({"do": "remove", "record": record}).answer()
-        children.close_launcher()
-    click.echo(name)
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON, for other programs.")
 
 
-@main.command("exec", context_settings={"allow_interspersed_args": False})
-@click.argument("name")
-@click.argument("command", nargs=-1, required=True)
-def exec_(name: str, command: tuple[str, ...]) -> None:
-    """Run one more program in a container that runs; the exit status is the program's (notebook 14)."""
-    from labkernel import children, state
-    from labkernel.container import Container, run_inside
-
-    with _plain_errors():
-        record = state.find(name)
-        launcher = children.Launcher(join=record["launcher"]["pid"])
-        # The same walls as the container's own, as far as its record tells them.
-        process = Container("python", command, seccomp=record["process"]["seccomp"]).spec.process
-        ended = run_inside(launcher, record, process, None, None)
-        launcher.close()
-    sys.stdout.buffer.write(ended.stdout)
-    sys.stderr.buffer.write(ended.stderr)
-    sys.stdout.flush()
-    sys.exit(ended.returncode)
+def option(*names: str, teaches: str, help: str, **settings: Any) -> Callable[[Command], Command]:
+    """An option whose help names the notebook that teaches what it does."""
+    return click.option(*names, help=f"{help} [{teaches}]", **settings)
 
 
-@main.command()
-@click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
-def stats(as_json: bool) -> None:
-    """Show once what each running container uses (notebooks 15 to 17)."""
-    from dataclasses import asdict
+def together(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
+    """Several options as one decorator, in the order in which they are given."""
 
-    from labkernel import state
-    from labkernel.container import cgroup_at
-    from labkernel.spec import human
+    def decorate(function: Any) -> Any:
+        for one in reversed(options):
+            function = one(function)
+        return function
 
-    rows = []
-    for record in state.records():
-        group = cgroup_at(record.get("cgroup"))
-        if record["state"] == "running" and group:
-            rows.append({"name": record["name"], **asdict(group.stats())})
-    if as_json:
-        click.echo(json.dumps(rows))
-        return
-    click.echo(f"{'NAME':<20} {'CPU SECONDS':>12} {'MEMORY':>8} {'PIDS':>5}")
-    for row in rows:
-        memory = human(row["memory_bytes"])
-        click.echo(f"{row['name']:<20} {row['cpu_usec'] / 1e6:>12.2f} {memory:>8} {row['pids']:>5}")
+    return decorate
 
 
-@main.command()
-@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
-def doctor(as_json: bool) -> None:
-    """Try what this machine allows: a container, and limits; exit status 1 where no container can be made."""
+LIMITS = together(
+    option("--memory", "-m", metavar="BYTES", teaches="16-memory", help='Memory limit, as in "64M".'),
+    option("--memory-reservation", metavar="BYTES", teaches="16-memory",
+           help="Soft limit: above it memory is taken back."),
+    option("--memory-swap", metavar="BYTES", teaches="16-memory", help="Limit of memory and swap together."),
+    option("--cpus", metavar="NUMBER", teaches="15-cpu", help='Cores, as in "0.5".'),
+    option("--cpu-weight", metavar="1-10000", teaches="15-cpu",
+           help="Share of a busy machine; others have 100."),
+    option("--cpuset-cpus", metavar="LIST", teaches="15-cpu", help='Which cores, as in "0-1" or "0,2".'),
+    option("--pids-limit", metavar="NUMBER", teaches="17-pids-io-freezer", help="Most processes and threads."),
+    option("--device-read-bps", metavar="DEVICE:RATE", multiple=True, teaches="17-pids-io-freezer",
+           help='Most bytes read a second, as in "/dev/sda:1M".'),
+    option("--device-write-bps", metavar="DEVICE:RATE", multiple=True, teaches="17-pids-io-freezer",
+           help="Most bytes written a second."),
+)  # fmt: skip
+
+WALLS = together(
+    option("--hostname", metavar="NAME", teaches="07-uts", help="Host name inside."),
+    option("--network", metavar="none|bridge|host", default="none", teaches="10-network",
+           help="A network of its own, alone (the default) or with the other containers; or the host's."),
+    option("--publish", "-p", metavar="[[IP:]PORT:]PORT", multiple=True, teaches="10-network",
+           help="Make a port of the container one of this machine; without IP, of 127.0.0.1."),
+    option("--volume", "-v", "volumes", metavar="SRC:DST[:ro]", multiple=True, teaches="04-mount-namespace",
+           help="Show SRC of this machine as DST inside."),
+    option("--read-only", is_flag=True, teaches="04-mount-namespace", help="A root file system nobody can write to."),
+    option("--cap-drop", metavar="CAP|ALL", multiple=True, teaches="18-capabilities", help="Take a capability away."),
+    option("--cap-add", metavar="CAP|ALL", multiple=True, teaches="18-capabilities", help="Give a capability."),
+    option("--security-opt", metavar="WALL=VALUE", multiple=True, teaches="19-seccomp",
+           help="seccomp=unconfined, seccomp=FILE, or no-new-privileges=false."),
+)  # fmt: skip
+
+PROGRAM = together(
+    option("--env", "-e", metavar="KEY=VALUE", multiple=True, teaches="01-process",
+           help="Set a variable; KEY alone copies ours."),
+    option("--user", "-u", metavar="USER[:GROUP]", teaches="11-user", help="Who the program is, by name or number."),
+    option("--workdir", "-w", metavar="DIR", teaches="03-chroot", help="Directory in which it starts."),
+    option("--interactive", "-i", is_flag=True, teaches="23-python-container", help="Let it read our standard input."),
+    option("--tty", "-t", is_flag=True, teaches="23-python-container", help="Give it a terminal of its own."),
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------------- before the first container
+
+
+@verbs.command()
+@JSON
+def doctor(as_json: bool) -> int:
+    """Tell what this machine allows, and for every "no" what to do. [00-start-here]"""
     from labkernel import children
     from labkernel.container import Container
 
@@ -233,26 +155,518 @@ def doctor(as_json: bool) -> None:
         ended = Container("python", ["true"]).run(timeout=60)
         trouble = "" if ended.returncode == 0 else f"`true` ended with status {ended.returncode}"
     except (OSError, RuntimeError) as error:
-        trouble = getattr(error, "strerror", None) or str(error)
+        trouble = _in_words(error)
     facts = children.launcher().facts
-    children.close_launcher()
     if as_json:
         click.echo(json.dumps({"container": trouble or "yes", **facts}))
     else:
-        version = facts["cgroup_version"]
+        limits = facts["no_cgroup"] or f"cgroup v{facts['cgroup_version']}, {', '.join(facts['controllers'])}"
         click.echo(f"containers: {trouble or 'yes, one was started'}")
-        click.echo(
-            f"limits:     {facts['no_cgroup'] or f'cgroup v{version}, ' + ', '.join(facts['controllers'])}"
-        )
-    sys.exit(1 if trouble else 0)
+        click.echo(f"limits:     {limits}")
+    return 1 if trouble else 0
 
 
-@main.command()
-def clean() -> None:
-    """Remove what a killed lab has left behind."""
+@verbs.command()
+@click.argument("name", default="python")
+@JSON
+def build(name: str, as_json: bool) -> None:
+    """Build the root file system NAME from this machine's own programs, and unpack it. [02-tarball]
+
+    There is one, "python": Python, a shell and a few tools. Nothing is done where it is there and up to date.
+    """
+    from labkernel.image.store import build_rootfs
+    from labkernel.images import rootfs
+
+    with progress_bar() as progress:
+        place = rootfs(name, progress=progress)
+    image = build_rootfs(name)
+    facts = {
+        "name": image.name, "digest": image.digest, "files": image.files, "bytes": image.bytes,
+        "tarball": str(image.tarball), "tarball_bytes": image.zstd_bytes, "rootfs": str(place),
+    }  # fmt: skip
+    if as_json:
+        click.echo(json.dumps(facts))
+    else:
+        from labkernel.spec import human
+
+        sizes = f"{human(image.bytes)} in {image.files} files, {human(image.zstd_bytes)} as a tarball"
+        click.echo(f"{image.name}: {sizes}, {image.digest}")
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int], None] | None]:
+    """A bar on standard error, where somebody looks at it; it appears only if there is something to wait for."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    bar: Any = None
+
+    def progress(what: str, done: int, total: int) -> None:
+        nonlocal bar
+        from tqdm import tqdm
+
+        if bar is None:
+            bar = tqdm(leave=False, bar_format="{desc:<24} {percentage:3.0f}% |{bar}| {elapsed}")
+        bar.set_description_str(what, refresh=False)
+        bar.total, bar.n = total, done
+        bar.update(0)
+
+    try:
+        yield progress
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+# ---------------------------------------------------------------------- running
+
+
+@verbs.command(context_settings={"allow_interspersed_args": False})
+@click.argument("words", nargs=-1, metavar="[IMAGE] [COMMAND]...")
+@option(
+    "--name", metavar="NAME", teaches="23-python-container", help="A name to find it by; otherwise its id."
+)
+@option(
+    "--rm", "remove", is_flag=True, teaches="06-overlay", help="Remove it, with what it wrote, when it ends."
+)
+@option(
+    "--detach", "-d", is_flag=True, teaches="23-python-container", help="Print the id and leave it running."
+)
+@PROGRAM
+@LIMITS
+@WALLS
+def run(words: tuple[str, ...], interactive: bool, detach: bool, **options: Any) -> int:
+    """Run COMMAND in a new container, behind all walls; the exit status is the command's.
+
+    IMAGE is "python", and that is also what is taken without it; without COMMAND, python3 is run. A container may
+    use 512M of memory, one core and 256 processes where nothing else is said. 125: the container could not be made;
+    126: the command cannot be run; 127: there is none of that name.
+    """
+    from labkernel import children, images
+    from labkernel.container import Container
+
+    image, command = (words[0], words[1:]) if words[:1] == (images.STANDARD,) else (images.STANDARD, words)
+    _check_streams(interactive, options["tty"], detach)
+    options["user"] = options["user"] or "0:0"
+    options["workdir"] = options["workdir"] or "/"
+    options["env"] = _environment(options["env"])
+    options |= _security(options.pop("security_opt"))
+    for name in ("device_read_bps", "device_write_bps"):
+        options[name] = _rates("--" + name.replace("_", "-"), options[name])
+    container = Container(image, command or ("python3",), detach=detach, **options)
+    with progress_bar() as progress:
+        images.rootfs(image, progress=progress)
+    if detach:
+        container.start()
+        children.launcher().detach()
+        click.echo(container.spec.id)
+        return 0
+    if container.spec.process.tty:
+        container.start()
+    else:
+        container.start(0 if interactive else subprocess.DEVNULL, 1, 2)
+    _forward_signals(container.signal)
+    if container.terminal is not None:
+        _attend(container.terminal, interactive)
+    return container.wait()
+
+
+@verbs.command("exec", context_settings={"allow_interspersed_args": False})
+@click.argument("name")
+@click.argument("command", nargs=-1, required=True)
+@PROGRAM
+def execute(
+    name: str, command: tuple[str, ...], env: tuple[str, ...], user: str | None, workdir: str | None,
+    interactive: bool, tty: bool,
+) -> int:  # fmt: skip
+    """Run one more COMMAND in the container NAME, behind the same walls. [14-enter]"""
     from labkernel import children
 
-    with _plain_errors():
-        removed = children.launcher().ask({"do": "clean"}).answer()["removed"]
-        children.close_launcher()
-    click.echo("\n".join(f"removed {what}" for what in removed) or "nothing was left behind")
+    _check_streams(interactive, tty)
+    record = _running(name)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # so that it is tidied up, and our terminal is as it was
+        signal.signal(number, lambda received, _: sys.exit(128 + received))
+    # An ordinary user's launcher has to be in the user namespace of the one that started the container.
+    launcher = children.Launcher(join=record["launcher"]["pid"])
+    try:
+        with open(os.devnull, "r+b") as null:
+            nothing = null.fileno()
+            stdio = (nothing, nothing, nothing) if tty else (0 if interactive else nothing, 1, 2)
+            process = _one_more(record, command, _environment(env), user, workdir, tty)
+            channel = launcher.ask({"do": "exec", "record": record, "process": process}, stdio)
+        channel.answer(children.STARTED_WITHIN)
+        while True:
+            message, fds = channel.message_and_fds()
+            if isinstance(message, dict):
+                return int(message["status"])
+            if message == b"tty":
+                _attend(fds[0], interactive)
+            elif message.startswith(b"failed "):
+                raise RuntimeError(message.decode().split(" ", 2)[2])
+    finally:
+        launcher.close()
+
+
+def _check_streams(interactive: bool, tty: bool, detach: bool = False) -> None:
+    from labkernel.spec import BadOption
+
+    if detach and (interactive or tty):
+        raise BadOption(
+            "--detach with --interactive or --tty: nobody would be there to type; leave one of them out"
+        )
+    if interactive and tty and not os.isatty(0):
+        raise BadOption("--tty with --interactive: standard input is not a terminal; leave out --tty")
+
+
+def _attend(terminal: int, interactive: bool) -> None:
+    from labkernel.terminal import attend
+
+    attend(terminal, 0 if interactive else None)
+
+
+def _forward_signals(send: Callable[[int], None]) -> None:
+    """What is sent to us goes to the container's program; a second Ctrl-C kills it."""
+    interrupts = 0
+
+    def forward(number: int, _: object) -> None:
+        nonlocal interrupts
+        interrupts += number == signal.SIGINT
+        send(signal.SIGKILL if interrupts > 1 else number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup, and a shell's background jobs
+            signal.signal(number, forward)
+
+
+def _environment(items: Sequence[str]) -> dict[str, str]:
+    """KEY=VALUE sets, KEY alone copies ours, where we have it."""
+    from labkernel.spec import BadOption
+
+    found = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not key:
+            raise BadOption(f"--env {item!r}: write KEY=VALUE, or KEY to copy ours")
+        if equals or key in os.environ:
+            found[key] = value if equals else os.environ[key]
+    return found
+
+
+def _security(items: Sequence[str]) -> dict[str, Any]:
+    """The two walls that --security-opt can change."""
+    from labkernel.spec import BadOption
+
+    found: dict[str, Any] = {}
+    for item in items:
+        wall, _, value = item.partition("=")
+        if wall == "seccomp" and value:
+            found["seccomp"] = value
+        elif wall == "no-new-privileges" and value in ("", "true", "false"):
+            found["no_new_privs"] = value != "false"
+        else:
+            allowed = "seccomp=unconfined, seccomp=FILE, no-new-privileges=true or no-new-privileges=false"
+            raise BadOption(f"--security-opt {item!r}: give {allowed}")
+    return found
+
+
+def _rates(name: str, items: Sequence[str]) -> dict[str, str]:
+    from labkernel.spec import BadOption
+
+    for item in items:
+        if not item.rpartition(":")[0]:
+            raise BadOption(f'{name} {item!r}: write DEVICE:RATE, as in "/dev/sda:1M"')
+    return {item.rpartition(":")[0]: item.rpartition(":")[2] for item in items}
+
+
+def _one_more(
+    record: Mapping[str, Any], command: Sequence[str], env: Mapping[str, str], user: str | None,
+    workdir: str | None, tty: bool,
+) -> Any:  # fmt: skip
+    """A further program for a running container, behind the walls that its first one has."""
+    from labkernel.linux import capabilities, seccomp
+    from labkernel.monitor import descendants
+    from labkernel.spec import PATH, Process
+
+    # The bounding set is what the container was given, whatever its program has made of it since.
+    kept = capabilities.read(descendants(record["pid"])[1]).bounding
+    unconfined = record["process"]["seccomp"] == "unconfined"
+    return Process(
+        command=tuple(command),
+        environment={"PATH": PATH, "HOME": "/root", **env},
+        workdir=workdir or "/",
+        user=user or "0:0",
+        tty=tty,
+        capabilities=kept,
+        seccomp=None if unconfined else seccomp.compiled("default", kept),
+    )
+
+
+def _running(name: str) -> dict[str, Any]:
+    """The record of a container that runs. Raises NoSuchContainer, RuntimeError."""
+    from labkernel import state
+
+    record = state.find(name)
+    if record["state"] not in ("running", "paused"):
+        raise RuntimeError(f"container {name} does not run: it is {record['state']}")
+    return record
+
+
+# ---------------------------------------------------------------------- looking
+
+
+@verbs.command()
+@JSON
+def ps(as_json: bool) -> None:
+    """List the containers of this machine and what they are doing. [09-pid]"""
+    from labkernel import state
+
+    rows = [_row(record) for record in state.records()]
+    if as_json:
+        click.echo(json.dumps(rows))
+        return
+    table = [("ID", "NAME", "IMAGE", "COMMAND", "CREATED", "STATE", "PID", "PORTS")]
+    for row in rows:
+        command = " ".join(row["command"])
+        state_ = row["state"] + (f" ({row['exit_code']})" if row["exit_code"] is not None else "")
+        table.append((
+            row["id"], row["name"], row["image"], command if len(command) <= 30 else command[:29] + "…",
+            _ago(time.time() - row["created"]), state_, str(row["pid"] or ""), ", ".join(row["publish"]),
+        ))  # fmt: skip
+    _print_table(table)
+
+
+def _row(record: Mapping[str, Any]) -> dict[str, Any]:
+    alive = record["state"] in ("running", "paused")
+    same = {key: record[key] for key in ("id", "name", "image", "command", "created", "state", "publish")}
+    return same | {"pid": record["pid"] if alive else None, "exit_code": record.get("exit_code")}
+
+
+def _ago(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit} ago"
+    return f"{seconds:.0f} seconds ago"
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        click.echo("   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+@verbs.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("--no-stream", is_flag=True, help="Print it once; otherwise every second until all have ended.")
+@JSON
+def stats(names: tuple[str, ...], no_stream: bool, as_json: bool) -> None:
+    """Tell what containers use at this moment: the named ones, or all that run. [16-memory]
+
+    CPU: 100% is one core. With --json it is told once.
+    """
+    records = [_running(name) for name in names] if names else _all_running()
+    watched = [Watched(record) for record in records]
+    once = no_stream or as_json
+    while True:
+        time.sleep(0.5 if once else 1.0)
+        rows = [row for one in watched if (row := one.row())]
+        if as_json:
+            click.echo(json.dumps(rows))
+        elif rows or once:
+            if not once and sys.stdout.isatty():
+                click.clear()
+            _print_table([STATS_HEAD, *map(_stats_line, rows)])
+        if once or not rows:
+            return
+
+
+STATS_HEAD = ("ID", "NAME", "CPU", "MEMORY / LIMIT", "MEMORY", "NET IN / OUT", "DISK READ / WRITTEN", "PIDS")
+
+
+class Watched:
+    """A container of which we read the counters, now and then."""
+
+    def __init__(self, record: Mapping[str, Any]) -> None:
+        from labkernel import monitor
+        from labkernel.container import cgroup_at
+
+        self.record = record
+        group = cgroup_at(record["cgroup"])
+        self.source = (
+            monitor.CgroupSource(group, record["pid"]) if group else monitor.ProcessSource(record["pid"])
+        )
+        self.before = self.source.sample(), time.monotonic()
+
+    def row(self) -> dict[str, Any] | None:
+        """What it uses, its CPU since the last call; None when it has ended."""
+        from labkernel import state
+        from labkernel.spec import machine_memory
+
+        try:
+            sample, now = self.source.sample(), time.monotonic()
+        except OSError:
+            return None
+        if not state.ProcessKey(**self.record["init"]).alive():
+            return None
+        (before, then), self.before = self.before, (sample, now)
+        limit = sample.memory_limit_bytes or machine_memory()
+        return {
+            "id": self.record["id"],
+            "name": self.record["name"],
+            "cpu_percent": round((sample.cpu_usec - before.cpu_usec) / (now - then) / 1e4, 1),
+            "memory_bytes": sample.memory_bytes,
+            "memory_limit_bytes": limit,
+            "memory_percent": round(100 * sample.memory_bytes / limit, 1),
+            "net_received_bytes": sample.net_received_bytes,
+            "net_sent_bytes": sample.net_sent_bytes,
+            "io_read_bytes": sample.io_read_bytes,
+            "io_write_bytes": sample.io_write_bytes,
+            "pids": sample.pids,
+        }
+
+
+def _stats_line(row: Mapping[str, Any]) -> tuple[str, ...]:
+    from labkernel.spec import human
+
+    def both(one: str, other: str) -> str:
+        return f"{human(row[one])} / {human(row[other])}"
+
+    return (
+        row["id"], row["name"], f"{row['cpu_percent']:.1f}%", both("memory_bytes", "memory_limit_bytes"),
+        f"{row['memory_percent']:.1f}%", both("net_received_bytes", "net_sent_bytes"),
+        both("io_read_bytes", "io_write_bytes"), str(row["pids"]),
+    )  # fmt: skip
+
+
+def _all_running() -> list[dict[str, Any]]:
+    from labkernel import state
+
+    return [record for record in state.records() if record["state"] in ("running", "paused")]
+
+
+# ---------------------------------------------------------------------- ending
+
+
+@verbs.command()
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@click.option("--time", "-t", "seconds", type=click.FloatRange(0), default=10.0, show_default=True,
+              help="Seconds until it is killed.")  # fmt: skip
+def stop(names: tuple[str, ...], seconds: float) -> None:
+    """End containers: SIGTERM to the program, and SIGKILL to all where that does not help. [09-pid]"""
+    for name in names:
+        _end(_running(name), seconds)
+        click.echo(name)
+
+
+@verbs.command()
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@click.option("--force", "-f", is_flag=True, help="Also one that runs: it is killed.")
+def rm(names: tuple[str, ...], force: bool) -> None:
+    """Remove containers that have ended: what they wrote, their log, their record. [06-overlay]"""
+    from labkernel import state
+
+    for name in names:
+        record = state.find(name)
+        if record["state"] in ("running", "paused"):
+            if not force:
+                raise RuntimeError(f"container {name} runs: labkernel stop {name}, or rm --force")
+            _end(record, 0)
+        _remove(record)
+        click.echo(name)
+
+
+@verbs.command()
+@click.option(
+    "--all", "everything", is_flag=True, help="Also end what runs, and remove the images: leave nothing."
+)
+def clean(everything: bool) -> None:
+    """Remove what is left behind: containers that have ended, and all of those whose launcher was killed.
+
+    A launcher is the process that starts containers and tidies up after them. [23-python-container]
+    """
+    from labkernel import children, state
+
+    before = state.records()
+    if everything:
+        for record in _all_running():
+            _end(record, 0)
+    # The first thing that a launcher does is to finish what killed ones could not.
+    removed: list[str] = children.launcher().ask({"do": "clean"}).answer()["removed"]
+    for record in state.records():
+        if record["state"] == "exited":
+            _remove(record)
+    left = {record["id"] for record in state.records()}
+    removed += [
+        name for r in before if r["id"] not in left and (name := f"container {r['name']}") not in removed
+    ]
+    if everything:
+        removed += _remove_images()
+    for what in removed:
+        click.echo(f"removed {what}")
+    if left:
+        names = ", ".join(record["name"] for record in state.records())
+        click.echo(f"still running: {names}; labkernel clean --all ends that too")
+    elif not removed:
+        click.echo("nothing was left behind")
+
+
+def _end(record: Mapping[str, Any], patience: float) -> None:
+    """Ask the program to end, kill it after so many seconds, and wait until its launcher has tidied up."""
+    from labkernel import state
+    from labkernel.container import cgroup_at
+
+    init = state.ProcessKey(**record["init"])
+    with contextlib.suppress(ProcessLookupError):
+        pidfd = os.pidfd_open(init.pid)
+        try:
+            if init.alive():  # asked after opening: from now on the pid cannot be somebody else's
+                if record["state"] == "paused" and (group := cgroup_at(record["cgroup"])):
+                    group.thaw()
+                signal.pidfd_send_signal(pidfd, signal.SIGTERM if patience else signal.SIGKILL)
+                if patience and not _ends_within(pidfd, patience):
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                _ends_within(pidfd, 10)
+        finally:
+            os.close(pidfd)
+    launcher = state.ProcessKey(**record["launcher"])
+    while (
+        launcher.alive() and (found := state.read_record(_directory(record))) and found["state"] != "exited"
+    ):
+        time.sleep(0.01)
+
+
+def _ends_within(pidfd: int, seconds: float) -> bool:
+    import select
+
+    return bool(select.select([pidfd], [], [], seconds)[0])
+
+
+def _remove(record: Mapping[str, Any]) -> None:
+    """Remove a container that has ended, if that was not done at its end. A launcher has the rights to."""
+    from labkernel import children, state
+
+    if state.read_record(_directory(record)):
+        children.launcher().ask({"do": "remove", "record": dict(record)}).answer()
+
+
+def _directory(record: Mapping[str, Any]) -> Any:
+    from pathlib import Path
+
+    return Path(record["directory"])
+
+
+def _remove_images() -> list[str]:
+    """Images and unpacked root file systems; an ordinary user's have owners that only a child may touch."""
+    import shutil
+
+    from labkernel import children, state
+
+    removed = []
+    for name in ("rootfs", "images"):
+        for path in sorted((state.home() / name).glob("*")):
+            removed.append(f"{name}/{path.name}")
+        children.in_child(shutil.rmtree, state.home() / name, ignore_errors=True)
+    children.close_launcher()
+    for path in (state.containers(), state.launchers(), state.home()):
+        with contextlib.suppress(OSError):  # somebody else's lab is running
+            path.rmdir()
+    return removed
