@@ -1,0 +1,36 @@
+"""The notebook's side: what it shows, asks and checks. Nothing heavy is imported before it is needed.
+
+from labkernel import in_child, lab
+
+lab.begin("03-chroot")                      the set-up cell
+lab.predict("…?", right={…}, wrong={…})     a question, with a reason behind each answer
+lab.inside_outside(function)                the table
+lab.show_walls(function)                    the picture
+with lab.calmly(PermissionError): …         a failure that is expected
+lab.check("03.1", answer)                   the check of an exercise
+lab.show_source(function)                   how it looks in labkernel
+lab.end()                                   the clean-up cell
+"""
+
+from __future__ import annotations
+
+from labkernel.lab.calm import calmly
+from labkernel.lab.checks import check
+from labkernel.lab.look import look
+from labkernel.lab.notebook import begin, end, requirements, show_source
+from labkernel.lab.quiz import predict
+from labkernel.lab.table import inside_outside
+from labkernel.lab.walls import show_walls
+
+__all__ = [
+    "begin",
+    "calmly",
+    "check",
+    "end",
+    "inside_outside",
+    "look",
+    "predict",
+    "requirements",
+    "show_source",
+    "show_walls",
+]

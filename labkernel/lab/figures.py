@@ -1,0 +1,311 @@
+"""Figures that stay: what a container used, with its limits drawn in, and what an image weighs.
+
+Made for print as well as for the screen: colours that colour-blind readers tell apart (Okabe and Ito,
+https://jfly.uni-koeln.de/color/), each with a line style or hatch of its own, so that nothing is lost in grey.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from labkernel.monitor import Recording
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from labkernel.image.weigh import Weight
+
+BLUE, ORANGE, VERMILION, GREEN, SKY = "#0072b2", "#e69f00", "#d55e00", "#009e73", "#56b4e9"
+MIB = 1 << 20
+BEYOND = 3.0
+"""A limit this many times higher than anything measured is named, not drawn: the line would flatten the rest."""
+
+CAPTION = "CPU, memory, processes, disk and network over time, with the limits drawn in"
+
+
+def recording_figure(*recordings: Recording) -> Figure:
+    """Draw what containers used over time, one column each, with their limits, throttling, OOM kills, refused forks."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(
+        figsize=(7.5 if len(recordings) == 1 else 4.6 * len(recordings), 8.6), dpi=100, layout="constrained"
+    )
+    panels = (_draw_cpu, _draw_memory, _draw_pids, _draw_io, _draw_network)
+    grid = figure.subplots(len(panels), len(recordings), sharex="col", sharey="row", squeeze=False)
+    for column, recording in enumerate(recordings):
+        for row, draw in enumerate(panels):
+            axes = grid[row][column]
+            axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+            axes.spines[["top", "right"]].set_visible(False)
+            draw(axes, recording, recording.columns())
+            if column:
+                axes.set_ylabel("")
+            axes.set_ylim(bottom=0)
+            axes.legend(
+                *_named(axes), loc="upper left", fontsize=7.5, ncols=3, frameon=False, borderaxespad=0.2
+            )
+            axes.set_ylim(top=axes.get_ylim()[1] * 1.25)  # room for the legend
+        grid[0][column].set_title(recording.name, fontsize=11)
+        grid[-1][column].set_xlabel("seconds")
+    figure.align_ylabels()
+    return figure
+
+
+def _draw_cpu(axes: Axes, recording: Recording, table: Mapping[str, list[Any]]) -> None:
+    axes.set_ylabel("CPU (cores)")
+    used = [usec / 1e6 for usec in recording.rate("cpu_usec")]
+    throttled = [(seconds, 1) for seconds, _ in recording.events("cpu_throttled_usec")]
+    _shade(axes, table["seconds"], [seconds for seconds, _ in throttled], "throttled")
+    axes.plot(table["seconds"], used, color=BLUE, drawstyle="steps-pre", label="used")
+    _limit(axes, table["seconds"], table["cpus_limit"], max(used, default=0), "quota", "{:g} cores")
+
+
+def _draw_memory(axes: Axes, recording: Recording, table: Mapping[str, list[Any]]) -> None:
+    axes.set_ylabel("memory (MiB)")
+    seconds = table["seconds"]
+    kinds = [[size / MIB for size in table[f"memory_{kind}_bytes"]] for kind in ("anon", "file", "shmem")]
+    areas = axes.stackplot(
+        seconds,
+        kinds,
+        colors=[SKY, ORANGE, GREEN],
+        labels=["anonymous", "page cache", "shared, tmpfs"],
+        linewidth=0,
+    )
+    for area, hatch in zip(areas, ("", "////", "...."), strict=True):
+        area.set(hatch=hatch, edgecolor="white")
+    whole = [size / MIB for size in table["memory_bytes"]]
+    axes.plot(seconds, whole, color="black", linewidth=1, label="all, the kernel's share included")
+    limits = [None if size is None else size / MIB for size in table["memory_limit_bytes"]]
+    _limit(axes, seconds, limits, max(whole, default=0), "limit", "{:.4g} MiB")
+    _marks(axes, recording.events("oom_kills"), "OOM kill")
+
+
+def _draw_pids(axes: Axes, recording: Recording, table: Mapping[str, list[Any]]) -> None:
+    axes.set_ylabel("processes\nand threads")
+    axes.plot(table["seconds"], table["pids"], color=BLUE, drawstyle="steps-post", label="now")
+    _limit(axes, table["seconds"], table["pids_limit"], max(table["pids"], default=0), "limit", "{:g}")
+    _marks(axes, recording.events("pids_max_events"), "fork refused")
+
+
+def _draw_io(axes: Axes, recording: Recording, table: Mapping[str, list[Any]]) -> None:
+    axes.set_ylabel("disk (MiB/s)")
+    _two_ways(axes, recording, table, io_read_bytes="read", io_write_bytes="written")
+
+
+def _draw_network(axes: Axes, recording: Recording, table: Mapping[str, list[Any]]) -> None:
+    axes.set_ylabel("network (MiB/s)")
+    _two_ways(axes, recording, table, net_received_bytes="received", net_sent_bytes="sent")
+
+
+def _two_ways(axes: Axes, recording: Recording, table: Mapping[str, list[Any]], **names: str) -> None:
+    styles: tuple[dict[str, Any], ...] = ({"color": BLUE}, {"color": VERMILION, "linestyle": (0, (4, 2))})
+    for (column, name), style in zip(names.items(), styles, strict=True):
+        rates = [rate / MIB for rate in recording.rate(column)]
+        axes.plot(table["seconds"], rates, drawstyle="steps-pre", label=name, **style)
+    if axes.get_ylim()[1] < 0.01:
+        axes.set_ylim(0, 1)  # nothing happened: an axis that magnifies nothing would deceive
+
+
+def _limit(
+    axes: Axes, seconds: Sequence[float], limits: Sequence[float | None], most: float, what: str, words: str
+) -> None:
+    """A limit as a dashed line that moves when the limit does; only named where it is far beyond what was used."""
+    given = [limit for limit in limits if limit is not None]
+    if not given:
+        axes.plot([], [], " ", label=f"no {what}")
+    elif min(given) > BEYOND * most > 0:
+        axes.plot([], [], " ", label=f"{what} {words.format(given[-1])}: far above")
+    else:
+        drawn = [math.nan if limit is None else limit for limit in limits]
+        changed = "" if min(given) == max(given) else ", changed"
+        label = f"{what} {words.format(given[0])}{changed}"
+        axes.plot(seconds, drawn, color="black", linestyle=(0, (5, 3)), drawstyle="steps-post", label=label)
+
+
+def _shade(axes: Axes, seconds: Sequence[float], at: Iterable[float], label: str) -> None:
+    """Shade the time before each of these samples back to the sample before it."""
+    spans = set(at)
+    for before, after in pairwise(seconds):
+        if after in spans:
+            axes.axvspan(before, after, facecolor="#cccccc", alpha=0.6, linewidth=0, label=label)
+
+
+def _marks(axes: Axes, events: Sequence[tuple[float, int]], label: str) -> None:
+    """A vertical line with a cross on top for each time at which something was refused or killed."""
+    total = sum(count for _, count in events)
+    for seconds, _ in events:
+        axes.axvline(seconds, color=VERMILION, linewidth=1)
+        axes.plot(
+            [seconds], [0.97], marker="X", markersize=8, color=VERMILION, linestyle=" ",
+            transform=axes.get_xaxis_transform(), clip_on=False, label=f"{label} ({total})",
+        )  # fmt: skip
+
+
+def _named(axes: Axes) -> tuple[list[Any], list[str]]:
+    """What the legend shows: each label once."""
+    found = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    return list(found.values()), list(found)
+
+
+def describe(*recordings: Recording) -> str:
+    """Say in words what the figure shows, for who cannot see it."""
+    return " ".join(_described(recording) for recording in recordings)
+
+
+def _described(recording: Recording) -> str:
+    if len(recording.samples) < 2:
+        return f"{recording.name}: nothing recorded yet."
+    table, last = recording.columns(), recording.samples[-1]
+    seconds = last.seconds
+    parts = [
+        f"CPU up to {max(recording.rate('cpu_usec')) / 1e6:.2f} cores" + _of(last.cpus_limit, "{:g}")
+        + f", throttled in {len(recording.events('cpu_throttled_usec'))} of {len(recording.samples) - 1} intervals",
+        f"memory up to {last.memory_peak_bytes / MIB:.0f} MiB"
+        + _of(None if last.memory_limit_bytes is None else last.memory_limit_bytes / MIB, "{:.4g}")
+        + f", {last.oom_kills} OOM kills",
+        f"up to {max(table['pids'])} processes and threads" + _of(last.pids_limit, "{:g}")
+        + f", {last.pids_max_events} forks refused",
+        f"{last.io_write_bytes / MIB:.1f} MiB written to disk",
+        f"{(last.net_received_bytes + last.net_sent_bytes) / MIB:.1f} MiB over the network",
+    ]  # fmt: skip
+    return f"{recording.name} over {seconds:.1f} s: {'; '.join(parts)}."
+
+
+def _of(limit: float | None, words: str) -> str:
+    return ", not limited" if limit is None else f" with a limit of {words.format(limit)}"
+
+
+# ---------------------------------------------------------------------- what an image weighs
+
+
+def weight_figure(weights: Iterable[Weight], title: str = "", depth: int = 3) -> Figure:
+    """Draw a treemap: each directory an area as large as what is in it, those of one parent side by side."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    from labkernel.image.weigh import by_directory
+
+    figure = Figure(figsize=(8, 4.4), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set(xlim=(0, 160), ylim=(0, 88))
+    axes.axis("off")
+    axes.set_title(title, fontsize=10)
+    totals = by_directory(weights, depth)
+    whole = sum(totals.values()) or 1
+    shown = {name: size for name, size in totals.items() if size > whole / 150}
+    if rest := whole - sum(shown.values()):
+        shown["the rest"] = rest
+    shades = [("#cfe3f1", ""), ("#f7dfae", "///"), ("#bfe5d8", "..."), ("#f2cdb4", "\\\\\\"), ("#eeeeee", "")]
+    for number, (name, (x, y, width, height)) in enumerate(squarify(shown, 160, 88).items()):
+        colour, hatch = shades[number % len(shades)]
+        edge = {"edgecolor": "white", "linewidth": 0.0, "hatch": hatch}
+        axes.add_patch(Rectangle((x, y), width, height, facecolor=colour, **edge))
+        axes.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor="#444444", linewidth=0.8))
+        text = f"{name}\n{shown[name] / MIB:.1f} MiB"
+        upright = width >= height or width > 12
+        room = width if upright else height
+        fits = min(9.0, 1.45 * room / max(map(len, text.split("\n"))) * 2.1)
+        if fits >= 5 and min(width, height) > 4:
+            axes.text(
+                x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=fits,
+                rotation=0 if upright else 90,
+            )  # fmt: skip
+    return figure
+
+
+def describe_weights(weights: Iterable[Weight], depth: int = 3) -> str:
+    """Say in words what the treemap shows: the whole, and the five heaviest directories."""
+    from labkernel.image.weigh import by_directory
+
+    totals = by_directory(weights, depth)
+    heaviest = ", ".join(f"{name} {size / MIB:.1f} MiB" for name, size in list(totals.items())[:5])
+    return f"A treemap of {sum(totals.values()) / MIB:.1f} MiB in {len(totals)} directories. The heaviest: {heaviest}."
+
+
+def squarify(
+    sizes: Mapping[str, float], width: float, height: float
+) -> dict[str, tuple[float, float, float, float]]:
+    """Lay out areas in a rectangle, heaviest first, in rows as nearly square as can be: name to (x, y, width, height).
+
+    Source: Bruls, Huizing, van Wijk: Squarified Treemaps (2000).
+    """
+    left = sorted(((name, size) for name, size in sizes.items() if size > 0), key=lambda item: -item[1])
+    scale = width * height / (sum(size for _, size in left) or 1)
+    x = y = 0.0
+    placed = {}
+    while left:
+        short = min(width, height)
+        row = [left[0]]
+        while len(row) < len(left) and _worst(left[: len(row) + 1], scale, short) <= _worst(
+            row, scale, short
+        ):
+            row = left[: len(row) + 1]
+        left = left[len(row) :]
+        thickness = sum(size for _, size in row) * scale / short
+        along = 0.0
+        for name, size in row:
+            length = size * scale / thickness
+            across = width < height
+            placed[name] = (x + along, y, length, thickness) if across else (x, y + along, thickness, length)
+            along += length
+        if width < height:
+            y, height = y + thickness, height - thickness
+        else:
+            x, width = x + thickness, width - thickness
+    return placed
+
+
+def _worst(row: Sequence[tuple[str, float]], scale: float, short: float) -> float:
+    """The least square of a row's rectangles: its ratio of the long side to the short one."""
+    areas = [size * scale for _, size in row]
+    square = sum(areas) ** 2
+    return max(short**2 * max(areas) / square, square / (short**2 * min(areas)))
+
+
+# ---------------------------------------------------------------------- showing and keeping
+
+
+def show(figure: Figure, alt: str, caption: str = CAPTION) -> None:
+    """Show a figure in a notebook. `alt` is for who cannot see it; `caption`, the same in every run, is its text."""
+    from IPython.display import display
+
+    display(as_output(figure, caption), raw=True, metadata={"image/png": {"alt": alt}})  # type: ignore[no-untyped-call]
+
+
+def as_output(figure: Figure, caption: str = CAPTION) -> dict[str, str]:
+    """A figure as a notebook's output: a picture, and a text for where there are none."""
+    return {"image/png": base64.b64encode(as_png(figure)).decode(), "text/plain": f"[figure: {caption}]"}
+
+
+def as_png(figure: Figure) -> bytes:
+    """The figure as a PNG file's content."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def save(figure: Figure, path: str | os.PathLike[str], alt: str = "") -> None:
+    """Write a figure to a file; its suffix decides: .pdf or .svg for print, .png. No date and no program is in it.
+
+    Raises ValueError for another suffix.
+    """
+    import matplotlib
+
+    about: dict[str, Callable[[], dict[str, Any]]] = {
+        ".pdf": lambda: {"Subject": alt, "CreationDate": None, "Creator": None, "Producer": None},
+        ".svg": lambda: {"Description": alt, "Date": None, "Creator": None},
+        ".png": lambda: {"Description": alt, "Software": None},
+    }
+    suffix = os.path.splitext(path)[1]
+    if suffix not in about:
+        raise ValueError(f"{os.fspath(path)!r}: a figure is saved as {', '.join(about)}")
+    # 42: letters stay letters, which a printer and a search can use; the salt makes the ids in an SVG repeatable.
+    with matplotlib.rc_context({"pdf.fonttype": 42, "svg.hashsalt": "labkernel"}):
+        figure.savefig(path, metadata=about[suffix](), dpi=200)
