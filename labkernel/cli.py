@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
@@ -147,23 +148,17 @@ PROGRAM = together(
 @verbs.command()
 @JSON
 def doctor(as_json: bool) -> int:
-    """Tell what this machine allows, and for every "no" what to do. [00-start-here]"""
-    from labkernel import children
-    from labkernel.container import Container
+    """Tell what this machine allows, by trying it, and for every "no" what to do. [00-start-here]
 
-    try:
-        ended = Container("python", ["true"]).run(timeout=60)
-        trouble = "" if ended.returncode == 0 else f"`true` ended with status {ended.returncode}"
-    except (OSError, RuntimeError) as error:
-        trouble = _in_words(error)
-    facts = children.launcher().facts
-    if as_json:
-        click.echo(json.dumps({"container": trouble or "yes", **facts}))
-    else:
-        limits = facts["no_cgroup"] or f"cgroup v{facts['cgroup_version']}, {', '.join(facts['controllers'])}"
-        click.echo(f"containers: {trouble or 'yes, one was started'}")
-        click.echo(f"limits:     {limits}")
-    return 1 if trouble else 0
+    The exit status is 1 where something is lacking without which some notebook cannot run.
+    """
+    from dataclasses import asdict
+
+    from labkernel.lab.doctor import examine
+
+    findings = examine()
+    click.echo(json.dumps([asdict(finding) for finding in findings]) if as_json else findings)
+    return int(not all(finding.ok or finding.optional for finding in findings))
 
 
 @verbs.command()
@@ -247,6 +242,7 @@ def run(words: tuple[str, ...], interactive: bool, detach: bool, **options: Any)
 
     image, command = (words[0], words[1:]) if words[:1] == (images.STANDARD,) else (images.STANDARD, words)
     _check_streams(interactive, options["tty"], detach)
+    threading.Thread(target=_start_launcher).start()  # it takes as long as all that we have to do meanwhile
     options["user"] = options["user"] or "0:0"
     options["workdir"] = options["workdir"] or "/"
     options["env"] = _environment(options["env"])
@@ -305,6 +301,13 @@ def execute(
                 raise RuntimeError(message.decode().split(" ", 2)[2])
     finally:
         launcher.close()
+
+
+def _start_launcher() -> None:
+    from labkernel import children
+
+    with contextlib.suppress(Exception):  # whoever needs the launcher tries again, and hears why it fails
+        children.launcher()
 
 
 def _check_streams(interactive: bool, tty: bool, detach: bool = False) -> None:
