@@ -17,14 +17,14 @@ import os
 import select
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import pairwise
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from labkernel.linux.cgroups import Cgroup, CgroupUnavailable, Stats
+from labkernel.linux.cgroups import Cgroup, CgroupUnavailable, Stats, read
 
 if TYPE_CHECKING:
     from labkernel.container import Container
@@ -85,10 +85,19 @@ class Recording:
         samples = list(self.samples)
         return {name: [getattr(sample, name) for sample in samples] for name in COLUMNS}
 
-    def rate(self, column: str) -> list[float]:
-        """How fast a counter grew before each sample, in its unit a second; 0 for the first."""
-        rates = [0.0] if self.samples else []
-        for before, after in pairwise(list(self.samples)):
+    def rate(self, column: str, over: float = 0.0) -> list[float]:
+        """How fast a counter grew before each sample, in its unit a second; 0 for the first.
+
+        over: seconds over which to average, at least one interval. What a CPU quota allows it allows for each period
+        of 0.1 s: over less than several of them the share looks now too high, now too low.
+        """
+        samples = list(self.samples)
+        rates = [0.0] if samples else []
+        start = 0
+        for number, after in enumerate(samples[1:], 1):
+            while start + 1 < number and samples[start + 1].seconds <= after.seconds - over:
+                start += 1
+            before = samples[start]
             grown = getattr(after, column) - getattr(before, column)
             rates.append(grown / max(after.seconds - before.seconds, 1e-6))
         return rates
@@ -242,6 +251,7 @@ class CgroupSource:
     def __init__(self, group: Cgroup, pid: int) -> None:
         self.group = group
         self.pid = pid
+        self._limit_files = _limit_files(group)
         self._io = (0, 0)
 
     def sample(self) -> Sample:
@@ -257,7 +267,7 @@ class CgroupSource:
             net_received_bytes=received,
             net_sent_bytes=sent,
             **pressure,  # type: ignore[arg-type]
-            **limits_in_force(self.group),
+            **_limits_in(*self._limit_files),
         )
 
 
@@ -320,24 +330,42 @@ def source(container: Container) -> CgroupSource | ProcessSource:
 
 def limits_in_force(group: Cgroup) -> dict[str, Any]:
     """A group's limits as the kernel has them at this moment, None for no limit, by the names of Sample's fields."""
-    files = {os.path.basename(path): text for path, text in group.limits_written().items()}
-    memory = files.get("memory.max") or files.get("memory.limit_in_bytes", "max")
-    cpu_v1 = f"{files.get('cpu.cfs_quota_us', -1)} {files.get('cpu.cfs_period_us', 1)}"
-    quota, period = files.get("cpu.max", cpu_v1).split()
-    pids = files.get("pids.max", "max")
+    return _limits_in(*_limit_files(group))
+
+
+def _limit_files(group: Cgroup) -> tuple[str, str, str, str]:
+    """The files of the limits on memory, CPU (v1: quota, period) and pids."""
+    paths = group.paths
+    if group.version == 2:
+        return f"{paths['']}/memory.max", f"{paths['']}/cpu.max", "", f"{paths['']}/pids.max"
+    cpu = f"{paths['cpu']}/cpu.cfs"
+    return (
+        f"{paths['memory']}/memory.limit_in_bytes",
+        f"{cpu}_quota_us",
+        f"{cpu}_period_us",
+        f"{paths['pids']}/pids.max",
+    )
+
+
+def _limits_in(memory_file: str, quota_file: str, period_file: str, pids_file: str) -> dict[str, Any]:
+    memory = _number(read(memory_file))
+    words = read(quota_file).split() + (read(period_file).split() if period_file else [])
+    quota = _number(words[0]) if len(words) == 2 else None
     return {
-        "memory_limit_bytes": None if memory == "max" or int(memory) > UNLIMITED else int(memory),
-        "cpus_limit": None if quota in ("max", "-1") else int(quota) / int(period),
-        "pids_limit": None if pids == "max" else int(pids),
+        "memory_limit_bytes": memory if memory is not None and memory < UNLIMITED else None,
+        "cpus_limit": None if quota is None else quota / int(words[1]),
+        "pids_limit": _number(read(pids_file)),
     }
+
+
+def _number(text: str) -> int | None:
+    """A limit file's number; None for "max", for v1's -1, and where the kernel has no such file."""
+    return int(text) if text.strip().isdigit() else None
 
 
 def network_bytes(pid: int) -> tuple[int, int]:
     """(received, sent) over all interfaces of a process's network namespace; (0, 0) when it has ended."""
-    try:
-        lines = Path(f"/proc/{pid}/net/dev").read_text().splitlines()[2:]
-    except OSError:
-        return 0, 0
+    lines = _proc(f"{pid}/net/dev").splitlines()[2:]
     counters = [line.partition(":")[2].split() for line in lines]
     return sum(int(words[0]) for words in counters), sum(int(words[8]) for words in counters)
 
@@ -347,30 +375,38 @@ def io_bytes(pids: Iterable[int]) -> tuple[int, int]:
 
     A process whose file is not ours to read counts as nothing.
     """
-    read = written = 0
+    counters: Counter[str] = Counter()
     for pid in pids:
-        with contextlib.suppress(OSError):
-            lines = Path(f"/proc/{pid}/io").read_text().splitlines()
-            counters = {name: int(number) for name, number in (line.split(": ") for line in lines)}
-            read += counters["read_bytes"]
-            written += counters["write_bytes"]
-    return read, written
+        counters.update({name: int(number) for name, number in _pairs(_proc(f"{pid}/io"))})
+    return counters["read_bytes"], counters["write_bytes"]
 
 
 def descendants(pid: int) -> list[int]:
     """A process and all that descend from it, parents first (man 5 proc, pid/task/tid/children)."""
     found = [pid]
     for parent in found:
-        found += _children(parent)
+        try:
+            threads = os.listdir(f"/proc/{parent}/task")
+        except OSError:
+            continue
+        for thread in threads:
+            found += map(int, _proc(f"{parent}/task/{thread}/children").split())
     return found
 
 
-def _children(pid: int) -> Iterable[int]:
+def _pairs(text: str) -> Iterable[tuple[str, str]]:
+    """The lines "name: value" of a file below /proc."""
+    for line in text.splitlines():
+        name, _, value = line.partition(": ")
+        yield name, value
+
+
+def _proc(name: str) -> str:
+    """A file below /proc; nothing where its process has ended, or where it is not ours to read."""
     try:
-        texts = [task.joinpath("children").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
+        return read(f"/proc/{name}")
     except OSError:
-        return []
-    return [int(word) for text in texts for word in text.split()]
+        return ""
 
 
 def _from_stats(stats: Stats) -> dict[str, Any]:

@@ -10,8 +10,9 @@ import base64
 import io
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import TYPE_CHECKING, Any
 
 from labkernel.monitor import Recording
@@ -27,6 +28,9 @@ MIB = 1 << 20
 BEYOND = 3.0
 """A limit this many times higher than anything measured is named, not drawn: the line would flatten the rest."""
 
+OVER = 0.4
+"""Seconds over which CPU time is averaged: four of the periods for which a quota is given."""
+
 CAPTION = "CPU, memory, processes, disk and network over time, with the limits drawn in"
 
 
@@ -35,7 +39,7 @@ def recording_figure(*recordings: Recording) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(
-        figsize=(7.5 if len(recordings) == 1 else 4.6 * len(recordings), 8.6), dpi=100, layout="constrained"
+        figsize=(7.5 if len(recordings) == 1 else 5.4 * len(recordings), 8.6), dpi=100, layout="constrained"
     )
     panels = (_draw_cpu, _draw_memory, _draw_pids, _draw_io, _draw_network)
     grid = figure.subplots(len(panels), len(recordings), sharex="col", sharey="row", squeeze=False)
@@ -49,7 +53,7 @@ def recording_figure(*recordings: Recording) -> Figure:
                 axes.set_ylabel("")
             axes.set_ylim(bottom=0)
             axes.legend(
-                *_named(axes), loc="upper left", fontsize=7.5, ncols=3, frameon=False, borderaxespad=0.2
+                *_named(axes), loc="upper left", fontsize=7.5, ncols=5, frameon=False, borderaxespad=0.2
             )
             axes.set_ylim(top=axes.get_ylim()[1] * 1.25)  # room for the legend
         grid[0][column].set_title(recording.name, fontsize=11)
@@ -60,28 +64,23 @@ def recording_figure(*recordings: Recording) -> Figure:
 
 def _draw_cpu(axes: Axes, recording: Recording, table: Mapping[str, list[Any]]) -> None:
     axes.set_ylabel("CPU (cores)")
-    used = [usec / 1e6 for usec in recording.rate("cpu_usec")]
-    throttled = [(seconds, 1) for seconds, _ in recording.events("cpu_throttled_usec")]
-    _shade(axes, table["seconds"], [seconds for seconds, _ in throttled], "throttled")
-    axes.plot(table["seconds"], used, color=BLUE, drawstyle="steps-pre", label="used")
-    _limit(axes, table["seconds"], table["cpus_limit"], max(used, default=0), "quota", "{:g} cores")
+    seconds, used = table["seconds"], [usec / 1e6 for usec in recording.rate("cpu_usec", OVER)]
+    waiting = recording.rate("cpu_throttled_usec", OVER / 2)
+    _shade(axes, seconds, [rate > 0 for rate in waiting], "throttled")
+    axes.plot(seconds, used, color=BLUE, label=f"used, mean of {OVER:g} s")
+    _limit(axes, seconds, table["cpus_limit"], max(used, default=0), "quota", "{:g} cores")
 
 
 def _draw_memory(axes: Axes, recording: Recording, table: Mapping[str, list[Any]]) -> None:
     axes.set_ylabel("memory (MiB)")
     seconds = table["seconds"]
-    kinds = [[size / MIB for size in table[f"memory_{kind}_bytes"]] for kind in ("anon", "file", "shmem")]
-    areas = axes.stackplot(
-        seconds,
-        kinds,
-        colors=[SKY, ORANGE, GREEN],
-        labels=["anonymous", "page cache", "shared, tmpfs"],
-        linewidth=0,
-    )
+    named = {"anon": "anonymous", "file": "page cache", "shmem": "tmpfs"}
+    kinds = [[size / MIB for size in table[f"memory_{kind}_bytes"]] for kind in named]
+    areas = axes.stackplot(seconds, kinds, colors=[SKY, ORANGE, GREEN], labels=named.values(), linewidth=0)
     for area, hatch in zip(areas, ("", "////", "...."), strict=True):
         area.set(hatch=hatch, edgecolor="white")
     whole = [size / MIB for size in table["memory_bytes"]]
-    axes.plot(seconds, whole, color="black", linewidth=1, label="all, the kernel's share included")
+    axes.plot(seconds, whole, color="black", linewidth=1, label="all")
     limits = [None if size is None else size / MIB for size in table["memory_limit_bytes"]]
     _limit(axes, seconds, limits, max(whole, default=0), "limit", "{:.4g} MiB")
     _marks(axes, recording.events("oom_kills"), "OOM kill")
@@ -129,12 +128,11 @@ def _limit(
         axes.plot(seconds, drawn, color="black", linestyle=(0, (5, 3)), drawstyle="steps-post", label=label)
 
 
-def _shade(axes: Axes, seconds: Sequence[float], at: Iterable[float], label: str) -> None:
+def _shade(axes: Axes, seconds: Sequence[float], which: Sequence[bool], label: str) -> None:
     """Shade the time before each of these samples back to the sample before it."""
-    spans = set(at)
-    for before, after in pairwise(seconds):
-        if after in spans:
-            axes.axvspan(before, after, facecolor="#cccccc", alpha=0.6, linewidth=0, label=label)
+    for (before, after), shaded in zip(pairwise(seconds), which[1:], strict=True):
+        if shaded:
+            axes.axvspan(before, after, facecolor="#d4d4d4", linewidth=0, label=label)
 
 
 def _marks(axes: Axes, events: Sequence[tuple[float, int]], label: str) -> None:
@@ -185,39 +183,71 @@ def _of(limit: float | None, words: str) -> str:
 # ---------------------------------------------------------------------- what an image weighs
 
 
-def weight_figure(weights: Iterable[Weight], title: str = "", depth: int = 3) -> Figure:
-    """Draw a treemap: each directory an area as large as what is in it, those of one parent side by side."""
+def weight_figure(weights: Sequence[Weight], title: str = "", depth: int = 3) -> Figure:
+    """Draw a treemap: each directory an area as large as its content, in it the files and directories that weigh most.
+
+    depth: how many levels of directories have a frame of their own.
+    """
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    from labkernel.image.weigh import by_directory
-
-    figure = Figure(figsize=(8, 4.4), dpi=100, layout="constrained")
+    figure = Figure(figsize=(8, 4.6), dpi=100, layout="constrained")
     axes = figure.add_subplot()
-    axes.set(xlim=(0, 160), ylim=(0, 88))
+    axes.set(xlim=(0, 160), ylim=(0, 92))
     axes.axis("off")
     axes.set_title(title, fontsize=10)
-    totals = by_directory(weights, depth)
-    whole = sum(totals.values()) or 1
-    shown = {name: size for name, size in totals.items() if size > whole / 150}
-    if rest := whole - sum(shown.values()):
-        shown["the rest"] = rest
-    shades = [("#cfe3f1", ""), ("#f7dfae", "///"), ("#bfe5d8", "..."), ("#f2cdb4", "\\\\\\"), ("#eeeeee", "")]
-    for number, (name, (x, y, width, height)) in enumerate(squarify(shown, 160, 88).items()):
-        colour, hatch = shades[number % len(shades)]
-        edge = {"edgecolor": "white", "linewidth": 0.0, "hatch": hatch}
-        axes.add_patch(Rectangle((x, y), width, height, facecolor=colour, **edge))
-        axes.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor="#444444", linewidth=0.8))
-        text = f"{name}\n{shown[name] / MIB:.1f} MiB"
-        upright = width >= height or width > 12
-        room = width if upright else height
-        fits = min(9.0, 1.45 * room / max(map(len, text.split("\n"))) * 2.1)
-        if fits >= 5 and min(width, height) > 4:
-            axes.text(
-                x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=fits,
-                rotation=0 if upright else 90,
-            )  # fmt: skip
+    shades = ["#cfe3f1", "#f7dfae", "#bfe5d8", "#f2cdb4", "#e4e4e4"]
+    groups = _groups(weights, depth)
+    totals = {name: float(sum(parts.values())) for name, parts in groups.items()}
+    for shade, (name, (x, y, width, height)) in zip(
+        cycle(shades), squarify(totals, 160, 92).items(), strict=False
+    ):
+        head = 4.0 if height > 8 and width > 12 else 0.0
+        for part, (px, py, w, h) in squarify(groups[name], width, height - head).items():
+            axes.add_patch(
+                Rectangle((x + px, y + py), w, h, facecolor=shade, edgecolor="white", linewidth=0.8)
+            )
+            _label(axes, (x + px, y + py, w, h), f"{_short(part)}\n{groups[name][part] / MIB:.1f}", 7.0)
+        axes.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor="#333333", linewidth=1.2))
+        if head:
+            words = f"{name}  {totals[name] / MIB:.1f} MiB"
+            _label(axes, (x, y + height - head, width, head), words, 8.5, weight="bold")
     return figure
+
+
+def _short(name: str) -> str:
+    """A name of at most 18 letters, its beginning and its end."""
+    return name if len(name) <= 18 else f"{name[:11]}…{name[-6:]}"
+
+
+def _groups(weights: Sequence[Weight], depth: int) -> dict[str, dict[str, float]]:
+    """Bytes by directory, and in it by file where one weighs much, otherwise by the next directory, or as "others"."""
+    whole = sum(weight.bytes for weight in weights) or 1
+    groups: dict[str, Counter[str]] = {}
+    for weight in weights:
+        parts = weight.path.split("/")[1:]
+        where, rest = "/" + "/".join(parts[:-1][:depth]), parts[:-1][depth:]
+        part = parts[-1] if weight.bytes > whole / 100 else f"{rest[0]}/" if rest else "others"
+        groups.setdefault(where, Counter())[part] += weight.bytes
+    light = [where for where, parts in groups.items() if sum(parts.values()) < whole / 200]
+    for where in light:
+        groups.setdefault("the rest", Counter())[where] += sum(groups.pop(where).values())
+    return {where: dict(parts) for where, parts in groups.items()}
+
+
+def _label(axes: Axes, box: tuple[float, float, float, float], text: str, size: float, **style: Any) -> None:
+    """Write into a box, upright or turned, as large as fits; nothing where it would be too small to read."""
+    x, y, width, height = box
+    lines = text.split("\n")
+    longest = max(map(len, lines))
+    fits = {
+        turned: min(size, 4.9 * along / longest, 2.6 * across / len(lines))
+        for turned, along, across in ((False, width, height), (True, height, width))
+    }
+    turned = fits[True] > fits[False]
+    if fits[turned] >= 4:
+        place: dict[str, Any] = {"ha": "center", "va": "center", "rotation": 90 if turned else 0}
+        axes.text(x + width / 2, y + height / 2, text, fontsize=fits[turned], **place, **style)
 
 
 def describe_weights(weights: Iterable[Weight], depth: int = 3) -> str:
