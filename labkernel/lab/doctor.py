@@ -271,8 +271,9 @@ def _controllers(facts: dict[str, Any], rootfs: Path, overlay: Finding) -> Itera
     }
     for controller, limit in probes.items():
         name, option = f"cgroup:{controller}", next(iter(limit))
-        if not overlay.ok:
-            yield Finding(name, False, "no container starts", "see overlay")
+        if not version or not overlay.ok:
+            why = ("no container starts", "see overlay") if version else ("no group of our own", "see cgroup")
+            yield Finding(name, False, *why)
             continue
         try:
             _start(rootfs, **limit)
