@@ -394,6 +394,12 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+def status(pid: int) -> dict[str, str]:
+    """/proc/PID/status of a process, by name; nothing when it has ended."""
+    lines = (line.partition(":") for line in _proc(f"{pid}/status").splitlines())
+    return {name: value.strip() for name, _, value in lines}
+
+
 def _pairs(text: str) -> Iterable[tuple[str, str]]:
     """The lines "name: value" of a file below /proc."""
     for line in text.splitlines():

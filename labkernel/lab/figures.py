@@ -129,10 +129,18 @@ def _limit(
 
 
 def _shade(axes: Axes, seconds: Sequence[float], which: Sequence[bool], label: str) -> None:
-    """Shade the time before each of these samples back to the sample before it."""
-    for (before, after), shaded in zip(pairwise(seconds), which[1:], strict=True):
-        if shaded:
-            axes.axvspan(before, after, facecolor="#d4d4d4", linewidth=0, label=label)
+    for start, end in spans(seconds, which):
+        axes.axvspan(start, end, facecolor="#d4d4d4", linewidth=0, label=label)
+
+
+def spans(along: Sequence[float], which: Sequence[bool]) -> list[tuple[float, float]]:
+    """The stretches that end in a marked sample and begin at the one before it, those that touch as one."""
+    found: list[tuple[float, float]] = []
+    for (before, after), marked in zip(pairwise(along), which[1:], strict=False):
+        if marked:
+            start = found.pop()[0] if found and found[-1][1] == before else before
+            found.append((start, after))
+    return found
 
 
 def _marks(axes: Axes, events: Sequence[tuple[float, int]], label: str) -> None:
