@@ -25,6 +25,8 @@ from labkernel.lab import calm
 from labkernel.linux import namespaces, syscalls, users
 
 KINDS = tuple(kind for kind in namespaces.FLAGS if kind != "user")
+NAMESPACES = tuple(f"namespace:{kind}" for kind in KINDS)
+CONTROLLERS = tuple(f"cgroup:{name}" for name in ("cpu", "memory", "pids", "cpuset"))
 PROBES: dict[str, dict[str, Any]] = {
     "cpu": {"cpus": 0.5},
     "memory": {"memory": "64M"},
@@ -81,28 +83,45 @@ def examine() -> Findings:
     found = Findings([_root()])
     try:
         facts = children.launcher().facts
+        children.in_child(os.getpid, timeout=PROBE_SECONDS)
     except Exception as error:
         return Findings(
-            [
-                *found,
-                Finding(
-                    "children", False, f"no child process can be started: {_words(error)}", "report this"
-                ),
-            ]
+            [*found, *_nothing_can_be_tried(error), _guarded("psi", _psi), _guarded("landlock", _landlock)]
         )
+    found.append(Finding("children", True, "a child process can be started, in which a cell's function runs"))
     userns = _guarded("userns", lambda: _user_namespace(facts))
     found += [userns, _guarded("subuid", lambda: _subuid(facts))]
-    found += _guarded_list([f"namespace:{kind}" for kind in KINDS], _namespaces, userns)
+    found += _guarded_list(NAMESPACES, _namespaces, userns)
     with tempfile.TemporaryDirectory(prefix=state.PREFIX) as name:
         rootfs = _empty_rootfs(Path(name))
         overlay = _guarded("overlay", lambda: _container("overlay", rootfs, userns))
         found.append(overlay)
         found.append(_guarded("seccomp", lambda: _seccomp(rootfs, overlay)))
-        found += _guarded_list(["cgroup"], lambda _: _controllers(facts, rootfs, overlay), userns)
+        found += _guarded_list(
+            ["cgroup", *CONTROLLERS], lambda _: _controllers(facts, rootfs, overlay), userns
+        )
         found.append(_guarded("network", lambda: _network(userns)))
         found.append(_guarded("publish", lambda: _publish(rootfs, overlay)))
     found += [_guarded("psi", _psi), _guarded("landlock", _landlock)]
     return found
+
+
+def _nothing_can_be_tried(error: Exception) -> Iterator[Finding]:
+    """Without children there is no more to try: for instance inside a container whose filter hides clone3."""
+    remedy = "if this is inside a container, use the machine itself; else report this"
+    yield Finding("children", False, f"no child process can be started: {_words(error)}", remedy)
+    for name in (
+        "userns",
+        "subuid",
+        *NAMESPACES,
+        "overlay",
+        "seccomp",
+        "cgroup",
+        *CONTROLLERS,
+        "network",
+        "publish",
+    ):
+        yield Finding(name, False, "cannot be tried without a child", "see children")
 
 
 def missing(requires: Sequence[str]) -> list[str]:

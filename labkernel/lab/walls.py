@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from labkernel.lab.look import Sight, Subject, look_at
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 State = Literal["up", "half", "down"]
 
@@ -40,15 +41,12 @@ def walls(subject: Subject = None, *arguments: Any) -> list[Wall]:
 
 def show_walls(subject: Subject = None, *arguments: Any, title: str = "") -> None:
     """Draw the walls around a subject; the same in words goes with the picture."""
-    from IPython.display import display
+    from labkernel.lab import figures
 
     found = walls(subject, *arguments)
     words = in_words(found)
-    picture = base64.b64encode(draw(found, title)).decode()
     alt = f"The walls around the process{f' ({title})' if title else ''}. {words}"
-    display(  # type: ignore[no-untyped-call]
-        {"image/png": picture, "text/plain": words}, raw=True, metadata={"image/png": {"alt": alt}}
-    )
+    figures.show(draw(found, title), alt, words)
 
 
 def in_words(found: list[Wall]) -> str:
@@ -76,8 +74,8 @@ def _walls(out: Sight, inn: Sight) -> list[Wall]:
     return found + [Wall(name, "up" if up else "down") for name, up in rest.items()]
 
 
-def draw(found: list[Wall], title: str = "") -> bytes:
-    """The picture as PNG: a wall that is up is a column of bricks, one that is down a dashed line on the ground."""
+def draw(found: list[Wall], title: str = "") -> Figure:
+    """The picture: a wall that is up is a column of bricks, one that is down a dashed line on the ground."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
@@ -107,6 +105,4 @@ def draw(found: list[Wall], title: str = "") -> bytes:
         axes.text(place + 0.5, -0.26, name, ha="center", va="top", fontsize=8.5)
     if title:
         axes.set_title(title, fontsize=10)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+    return figure

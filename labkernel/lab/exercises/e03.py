@@ -109,9 +109,10 @@ def _attack(answer: Callable[[str], Any], jail: str) -> str:
         answer(jail)
 
     def break_out() -> None:
-        for attempt in (lambda: capabilities.capset(held, held), second_chroot):
-            with contextlib.suppress(OSError):
-                attempt()
+        with contextlib.suppress(OSError):
+            capabilities.capset(held, held)  # what is still permitted can be taken again
+        with contextlib.suppress(OSError):
+            second_chroot()
 
     with watched(lock_up, break_out) as go_on:
         pid = go_on()
