@@ -372,13 +372,14 @@ def _security(items: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _rates(name: str, items: Sequence[str]) -> dict[str, str]:
+def _rates(name: str, items: Sequence[str]) -> dict[str, str] | None:
+    """DEVICE:RATE for each device; None where nothing is asked for."""
     from labkernel.spec import BadOption
 
     for item in items:
         if not item.rpartition(":")[0]:
             raise BadOption(f'{name} {item!r}: write DEVICE:RATE, as in "/dev/sda:1M"')
-    return {item.rpartition(":")[0]: item.rpartition(":")[2] for item in items}
+    return {item.rpartition(":")[0]: item.rpartition(":")[2] for item in items} or None
 
 
 def _one_more(

@@ -12,23 +12,25 @@ import signal
 import termios
 import tty
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 
 CHUNK = 1 << 16
 
 
 def attend(terminal: int, keyboard: int | None = None, screen: int = 1) -> None:
-    """Copy between the container's terminal and ours until every program inside has closed its own end.
+    """Copy between the container's terminal and ours until every program inside has closed its end, or we are cut off.
 
+    The container's terminal is closed then: a program that still has it is told by SIGHUP that nobody is there.
     keyboard: the descriptor to read keys from, in raw mode meanwhile; None sends the container nothing.
     """
     follow_size(terminal, screen)
     signal.signal(signal.SIGWINCH, lambda *_: follow_size(terminal, screen))
-    if keyboard is None:
-        _copy(terminal, None, screen)
-    else:
-        with raw(keyboard):
+    try:
+        with raw(keyboard) if keyboard is not None else nullcontext():
             _copy(terminal, keyboard, screen)
+    finally:
+        signal.signal(signal.SIGWINCH, signal.SIG_DFL)
+        os.close(terminal)
 
 
 def follow_size(terminal: int, screen: int) -> None:
@@ -45,7 +47,8 @@ def raw(keyboard: int) -> Iterator[None]:
     try:
         yield
     finally:
-        termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
+        with suppress(termios.error):  # it may be gone
+            termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
 
 
 def _copy(terminal: int, keyboard: int | None, screen: int) -> None:
@@ -56,25 +59,23 @@ def _copy(terminal: int, keyboard: int | None, screen: int) -> None:
         if keyboard is not None:
             selector.register(keyboard, selectors.EVENT_READ)
         while True:
-            wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if typed else 0)
-            selector.modify(terminal, wanted)
+            selector.modify(terminal, selectors.EVENT_READ | (selectors.EVENT_WRITE if typed else 0))
             for key, events in selector.select():
-                if key.fd == keyboard:
-                    data = os.read(keyboard, CHUNK)
-                    typed += data
-                    if not data:  # our own terminal is gone
-                        selector.unregister(keyboard)
-                    continue
-                if events & selectors.EVENT_READ:
-                    try:
-                        printed = os.read(terminal, CHUNK)
-                    except BlockingIOError:
+                try:
+                    if key.fd == keyboard:
+                        keys = os.read(keyboard, CHUNK)
+                        if not keys:  # our own terminal is gone
+                            return
+                        typed += keys
                         continue
-                    except OSError:  # EIO: nobody inside has it open any more
-                        return
-                    _write_all(screen, printed)
-                if events & selectors.EVENT_WRITE and typed:
-                    typed = typed[os.write(terminal, typed) :]
+                    if events & selectors.EVENT_READ:
+                        _write_all(screen, os.read(terminal, CHUNK))
+                    if events & selectors.EVENT_WRITE:
+                        typed = typed[os.write(terminal, typed) :]
+                except BlockingIOError:
+                    continue
+                except OSError:  # EIO: the other end is closed, of theirs or of ours
+                    return
 
 
 def _write_all(fd: int, data: bytes) -> None:
