@@ -74,7 +74,7 @@ class Findings(list[Finding]):
                 f"<td>{answer if finding.ok else f'<b>{answer}</b>'}</td>"
                 f'<td style="text-align:left">{html.escape(finding.detail)}{remedy}</td></tr>'
             )
-        head = "<tr><th>what</th><th>here?</th><th>seen by trying</th></tr>"
+        head = "<tr><th>what</th><th>here?</th><th style='text-align:left'>seen by trying</th></tr>"
         return f"<table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table>"
 
 

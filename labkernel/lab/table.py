@@ -54,7 +54,9 @@ class Table:
 
     def _repr_html_(self) -> str:
         """For a notebook; what changed is bold, and says so."""
-        parts = ["<table><thead><tr><th></th><th>outside</th><th>inside</th><th></th></tr></thead><tbody>"]
+        parts = ["<table><thead><tr><th></th>"]
+        parts += [f'<th style="text-align:left">{side}</th>' for side in ("outside", "inside")]
+        parts.append("<th></th></tr></thead><tbody>")
         for row in self.rows:
             inside = html.escape(row.inside)
             parts.append(
