@@ -45,6 +45,13 @@ TABLE = (
     ),
     Package("strace", "strace", ("test",), "shows which system calls a program really makes"),
     Package("shellcheck", "shellcheck", ("test",), "checks the shell scripts (make lint)"),
+    Package(
+        "vagrant", "vagrant", ("test",), "reads the Vagrantfile, and takes the box that vm/pack-box packs"
+    ),
+    Package("qemu-utils", "qemu-img", ("test",), "converts the disk of that box"),
+    Package("xorriso", "xorriso", ("test",), "makes the disk from which the box's cloud-init reads"),
+    Package("gnupg", "gpg", ("test",), "checks Ubuntu's signature before a box is packed"),
+    Package("curl", "curl", ("test",), "downloads the image for the box; in the tests from this machine"),
     Package("chromium", "chromium", ("browser",), "the browser in which the notebooks and widgets are tried"),
 )
 
