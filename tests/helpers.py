@@ -111,6 +111,15 @@ def run_python(program: str, **options: Any) -> Completed:
     return Container("python", command, **options).run(timeout=60)
 
 
+def logged(container: Container, end: str) -> str:
+    """What a container has logged, once that ends with `end`."""
+    until = time.monotonic() + 30
+    while not (log := container.logs().decode()).rstrip("\n").endswith(end):
+        assert time.monotonic() < until, f"the log did not end with {end!r} in 30 s: {log!r}"
+        time.sleep(0.01)
+    return log
+
+
 PREAMBLE = """
 import ctypes, errno, json, os, signal, socket, stat, sys, time
 libc = ctypes.CDLL(None, use_errno=True)
@@ -162,6 +171,7 @@ def snapshot() -> Snapshot:
     may work with the lab on the same machine.
     """
     syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)
+    reap_orphans()
     descriptors = _descriptors()
     pids = descendants()
     return Snapshot(
@@ -182,6 +192,21 @@ def assert_nothing_left(before: Snapshot, within: float = SETTLES_WITHIN) -> Non
         if time.monotonic() > end:
             raise AssertionError(f"left behind: {json.dumps(left, indent=1)}")
         time.sleep(0.01)
+
+
+def reap_orphans() -> None:
+    """Wait for the dead that we adopted, as pid 1 would: a pid namespace lasts until all in it are reaped.
+
+    What was started by this process is told apart by its session and pid namespace, and left to whoever waits.
+    """
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
+                state_, parent, _, session, *_ = file.read().rpartition(b")")[2].split()
+                if state_ == b"Z" and int(parent) == os.getpid():
+                    nested = "NSpid:\t" + name + "\t" in Path(f"/proc/{name}/status").read_text()
+                    if nested or int(session) not in (int(name), os.getsid(0)):
+                        os.waitpid(int(name), 0)
 
 
 def descendants(of: int | None = None) -> list[int]:

@@ -14,7 +14,6 @@ import re
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import pytest
 
 from labkernel.container import Container
 from labkernel.linux import capabilities, mounts, seccomp
-from tests.helpers import facts, inside, needs_ids, own_home, rootless
+from tests.helpers import facts, inside, logged, needs_ids, own_home, rootless
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -71,7 +70,8 @@ CALLS = {
     "kernel keys": "call('syscall', N('keyctl'), 0, -3, 1)",
     "add a key": "call('syscall', N('add_key'), b'user', b'k', b'v', 1, -3)",
     "bpf": "call('syscall', N('bpf'), 0, ctypes.byref((ctypes.c_int * 32)(2, 4, 4, 1)), 128)",
-    "performance counters": "call('syscall', N('perf_event_open'), ctypes.byref((ctypes.c_uint64 * 16)(112 << 32)), 0, -1, -1, 0)",
+    "performance counters": "call('syscall', N('perf_event_open'), "
+    "ctypes.byref((ctypes.c_uint64 * 16)(112 << 32)), 0, -1, -1, 0)",
     "page faults in user space": "call('syscall', N('userfaultfd'), 0)",
     "open by handle": "call('syscall', N('open_by_handle_at'), -100, ctypes.byref((ctypes.c_int * 8)(8, 1)), 0)",
     "input and output ports": "call('ioperm', 0x80, 1, 1)",
@@ -324,20 +324,11 @@ result = [result, looked]"""
 
 def test_the_programs_own_streams_do_not_tell_where_the_hosts_files_are(home: Path) -> None:
     """Without a caller's pipes the output goes to a file of the host; its path is none of the program's business."""
-    program = "import os, time; print([os.readlink(f'/proc/self/fd/{n}') for n in range(3)], flush=True); time.sleep(60)"
-    with Container("python", ["python3", "-c", program]) as container:
+    program = "import os, time; print([os.readlink(f'/proc/self/fd/{n}') for n in (0, 1, 2)]); time.sleep(60)"
+    with Container("python", ["python3", "-uc", program]) as container:
         told = logged(container, "]")
     assert str(home) not in told
     assert "containers" not in told
-
-
-def logged(container: Container, end: str) -> str:
-    """The container's log, once it ends so."""
-    until = time.monotonic() + 30
-    while not (log := container.logs().decode()).rstrip("\n").endswith(end):
-        assert time.monotonic() < until, f"the log did not end with {end!r} in 30 s: {log!r}"
-        time.sleep(0.01)
-    return log
 
 
 def test_init_calls_itself_labkernel_and_no_more() -> None:
@@ -382,7 +373,8 @@ def test_the_environment_is_what_was_given(monkeypatch: pytest.MonkeyPatch) -> N
 def test_signals_umask_and_priority_are_as_a_program_expects() -> None:
     program = """
 status = dict(line.split(':', 1) for line in open('/proc/self/status').read().splitlines())
-result = [status['SigBlk'].strip(), status['ShdPnd'].strip(), os.nice(0), os.umask(0), os.getcwd(), os.getpgid(0) == os.getpid()]
+result = [status['SigBlk'].strip(), status['ShdPnd'].strip(), os.nice(0), os.umask(0), os.getcwd(),
+          os.getpgid(0) == os.getpid()]
 """
     assert inside(program) == ["0" * 16, "0" * 16, 0, 0o022, "/", True]
     ended = Container("python", ["grep", "SigIgn", "/proc/self/status"]).run()
@@ -449,7 +441,7 @@ found['root'] = [os.stat('/').st_dev, os.stat('/').st_ino]
 found['cgroup'] = open('/proc/self/cgroup').read()
 found['limits'] = open('/proc/self/limits').read()
 print(json.dumps(found))"""
-    with Container("python", ["sh", "-c", f'python3 -c "$P" && sleep 60'], env={"P": program}) as container:
+    with Container("python", ["sh", "-c", 'python3 -c "$P" && sleep 60'], env={"P": program}) as container:
         first = json.loads(logged(container, "}"))
         second = json.loads(container.exec(["python3", "-c", program]).stdout)
     assert first == second
