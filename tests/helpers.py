@@ -302,8 +302,7 @@ def _tables() -> list[str]:
 
 
 def _directories() -> list[str]:
-    found = [str(path) for kind in (state.containers(), state.launchers()) for path in kind.glob("*")]
-    return found + [str(path) for path in Path("/tmp").glob(f"{state.PREFIX}*")]
+    return [str(path) for kind in (state.containers(), state.launchers()) for path in kind.glob("*")]
 
 
 def _descriptors() -> list[str]:

@@ -1,0 +1,255 @@
+"""Whoever is killed, at whatever moment: nothing of ours is left on the machine.
+
+A *client* stands for a notebook's kernel. It starts containers and children one after the other until it is told to
+end. While it does, somebody is killed with SIGKILL at a random moment:
+
+- the client itself: its launcher has to notice and to tidy up, without help;
+- the init of a container: the launcher tidies that container up, and the client goes on;
+- the launcher: the kernel ends what it ran, and the next launcher removes what was left on disk and in the cgroup tree;
+- client and launcher at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from labkernel import children, state
+from labkernel.container import Container
+from tests.helpers import (
+    assert_nothing_left,
+    descendants,
+    facts,
+    inits,
+    launcher_of,
+    own_home,
+    seed,
+    snapshot,
+)
+
+ROUNDS = int(os.environ.get("LABKERNEL_TEST_KILLS", "50"))
+VICTIMS = ("client", "launcher", "init", "client and launcher")
+
+CLIENT = """
+import os, select, sys
+from labkernel.children import LauncherDied, in_child, start_child
+from labkernel.container import Container, ContainerError
+
+def told_to_end():
+    return bool(select.select([0], [], [], 0)[0])
+
+number = 0
+try:
+    kept = Container("python", ["sh", "-c", "sleep 61 & sleep 62"], read_only=True).start()
+    print("ready", flush=True)
+    while not told_to_end():
+        number += 1
+        try:
+            with Container("python", ["sh", "-c", "echo x > /tmp/x; (sleep 63 &); sleep 0.02"],
+                           volumes=["/etc:/v:ro"], publish=["0:80"] if number % 3 == 0 else [],
+                           network=NETWORK if number % 5 == 0 else "none") as container:
+                container.exec(["true"])
+                child = start_child(os.system, "sleep 64")
+                container.wait(20)
+            child.kill()
+        except (ContainerError, LookupError, ProcessLookupError):
+            pass                        # its init was the one that was killed
+    kept.kill()
+except (LauncherDied, ContainerError) as error:
+    os._exit(3)
+"""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with own_home(tmp_path_factory) as place:
+        yield place
+
+
+@contextlib.contextmanager
+def client() -> Iterator[subprocess.Popen[str]]:
+    """A Python that keeps starting containers; it has started one when we get it."""
+    network = "bridge" if os.geteuid() == 0 else "none"
+    process = subprocess.Popen(
+        [sys.executable, "-c", CLIENT.replace("NETWORK", repr(network))], text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert process.stdout and process.stdin
+        assert process.stdout.readline() == "ready\n"
+        yield process
+    finally:
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()  # type: ignore[union-attr]  # the sign to end
+        try:
+            process.wait(30)
+        finally:
+            process.kill()
+            process.wait()
+            process.stdout.close()  # type: ignore[union-attr]
+
+
+def kill(pid: int | None) -> bool:
+    try:
+        os.kill(pid or 0, signal.SIGKILL) if pid else None
+    except ProcessLookupError:
+        return False
+    return pid is not None
+
+
+def killed(victim: str, process: subprocess.Popen[str], chance: random.Random) -> bool:
+    """Kill the victim; False when there is none just now."""
+    launcher = launcher_of(process.pid)
+    if victim == "init":
+        candidates = inits(process.pid)
+        return bool(candidates) and kill(chance.choice(candidates))
+    done = "client" not in victim or kill(process.pid)
+    return done and ("launcher" not in victim or kill(launcher))
+
+
+def test_nothing_is_left_whoever_is_killed() -> None:
+    """All rounds in one test: half of the time two clients share the home, so that a clean-up meets what is alive."""
+    number = seed()
+    chance = random.Random(number)
+    children.close_launcher()
+    before = snapshot()
+    for turn in range(ROUNDS):
+        victim = VICTIMS[turn % len(VICTIMS)]
+        after = chance.uniform(0, 0.25)
+        what = f"LABKERNEL_TEST_SEED={number}, round {turn}: {victim} killed after {after:.3f} s"
+        with client() as process:
+            time.sleep(after)
+            while not killed(victim, process, chance) and process.poll() is None:
+                time.sleep(0.002)
+            if "client" in victim:
+                process.wait(20)
+            if victim == "launcher":  # the client notices, and ends by itself
+                assert process.wait(40) == 3, what
+        if victim == "init":
+            assert process.returncode in (0, 3), what
+        if "launcher" in victim:
+            children.launcher()  # cleans up before anything else
+            children.close_launcher()
+        try:
+            assert_nothing_left(before)
+        except AssertionError as error:
+            raise AssertionError(f"{what}: {error}") from None
+
+
+def test_a_clean_up_leaves_alone_what_is_alive() -> None:
+    """Two clients in one home; one's launcher is killed and tidied up after, the other does not notice."""
+    children.close_launcher()
+    before = snapshot()
+    with client() as one, client() as other:
+        kill(launcher_of(one.pid))
+        one.wait(40)
+        survivors = {record["id"] for record in state.records() if record["state"] == "running"}
+        inits_before = set(inits(other.pid))
+        removed = children.launcher().ask({"do": "clean"}).answer(30)["removed"]
+        children.close_launcher()
+        assert isinstance(removed, list)
+        assert survivors
+        assert inits_before & set(inits(other.pid)), "the other's container should go on"
+        assert launcher_of(other.pid)
+        assert other.poll() is None
+    assert other.returncode == 0
+    assert_nothing_left(before)
+
+
+def test_clean_from_the_command_line() -> None:
+    """One `labkernel clean` is enough, and it says what it removed; a second one finds nothing."""
+    children.close_launcher()
+    before = snapshot()
+    process = children.launcher().process
+    container = Container("python", ["sleep", "60"]).start()
+    process.kill()
+    process.wait()
+    assert (state.containers() / container.spec.id).is_dir()
+    command = [sys.executable, "-m", "labkernel", "clean"]
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    first, second = (
+        subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60) for _ in range(2)
+    )
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert container.spec.id in first.stdout + first.stderr
+    assert container.spec.id not in second.stdout + second.stderr
+    container.kill()  # nothing to do; it hangs up
+    children.close_launcher()
+    assert_nothing_left(before)
+
+
+def test_a_record_whose_pid_belongs_to_somebody_else_now_kills_nobody() -> None:
+    """The record of a dead launcher may name a pid that the kernel has given out again."""
+    victim = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    try:
+        container = Container("python", ["sleep", "60"]).start()
+        record = state.read_record(container.spec.directory)
+        assert record
+        launcher = children.launcher().process
+        launcher.kill()
+        launcher.wait()
+        stolen = {"pid": victim.pid, "started": 1, "boot": state.boot_id()}
+        state.write_record(
+            container.spec.directory, record | {"init": stolen, "launcher": stolen, "pid": victim.pid}
+        )
+        children.launcher()
+        assert state.records() == []
+        time.sleep(0.1)
+        assert victim.poll() is None
+    finally:
+        victim.kill()
+        victim.wait()
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "null", '{"id": 1}', '{"id": "x", "name": "y", "created": "z"}']
+)
+def test_a_record_that_cannot_be_read_stops_nobody(content: str) -> None:
+    children.close_launcher()
+    directory = state.containers() / "0123456789ab"
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    (directory / "record.json").write_text(content)
+    (state.launchers() / "1.json").write_text(content)
+    old = time.time() - 3600
+    os.utime(directory, (old, old))
+    assert Container("python", ["true"]).run().returncode == 0
+    assert not directory.exists()
+    assert not (state.launchers() / "1.json").exists()
+
+
+def test_what_a_container_leaves_in_its_layer_is_removed_whatever_its_modes() -> None:
+    script = """
+mkdir -p /tmp/a/b /tmp/c && touch /tmp/a/b/file && rm -r /etc/passwd /usr/lib/python3*/json
+chmod 0 /tmp/a/b /tmp/a /tmp/c"""
+    for remove in (True, False):
+        container = Container("python", ["sh", "-c", script], remove=remove)
+        assert container.run().returncode == 0
+        if not remove:
+            assert state.find(container.spec.id)["state"] == "exited"
+            children.launcher().ask({"do": "remove", "record": state.find(container.spec.id)}).answer(30)
+        assert not container.spec.directory.exists()
+
+
+def test_a_container_with_groups_of_its_own_below_and_many_processes() -> None:
+    if facts()["cgroup_version"] is None:
+        pytest.skip(f"no limits here: {facts()['no_cgroup']}")
+    before = snapshot()
+    script = "for i in 1 2 3 4 5 6 7 8 9; do (sleep 6$i &) ; done; sleep 60"
+    container = Container("python", ["sh", "-c", script]).start()
+    end = time.monotonic() + 20
+    while container.stats().pids < 11 and time.monotonic() < end:
+        time.sleep(0.01)
+    assert len([pid for pid in descendants() if pid in container.cgroup.pids()]) == 11
+    container.kill()
+    assert_nothing_left(before, 5)
