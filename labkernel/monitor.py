@@ -148,7 +148,7 @@ class Monitor:
         """Set when sampling is over, for whatever reason."""
         self.cpu_seconds = 0.0
         """CPU time that the sampling itself has taken."""
-        self._recording = Recording(container.name)
+        self._recording = Recording(title(container))
         self._ended_at: float | None = None
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -197,7 +197,8 @@ class Monitor:
                 for name in (
                     "io_read_bytes",
                     "io_write_bytes",
-                ):  # from the processes, where the group did not know
+                    "memory_peak_bytes",
+                ):  # where the group did not know
                     at_end[name] = max(at_end[name], getattr(last, name))
                 self._recording.samples.append(replace(last, seconds=self._ended_at, **at_end))
         return self._recording
@@ -238,7 +239,10 @@ class Monitor:
             sample = None
         if sample is None or _readable(self._init):
             return not _readable(self._init)
-        self._recording.samples.append(replace(sample, seconds=seconds))
+        peak = max(sample.memory_bytes, sample.memory_peak_bytes)  # before Linux 5.19, v2 has no memory.peak
+        if self._recording.samples:
+            peak = max(peak, self._recording.samples[-1].memory_peak_bytes)
+        self._recording.samples.append(replace(sample, seconds=seconds, memory_peak_bytes=peak))
         return True
 
 
@@ -317,6 +321,11 @@ class ProcessSource:
             net_sent_bytes=sent,
         )
         return self._before
+
+
+def title(container: Container) -> str:
+    """What people call a container: the name that was given to it, else its hostname."""
+    return container.spec.hostname if container.name == container.spec.id else container.name
 
 
 def source(container: Container) -> CgroupSource | ProcessSource:

@@ -31,7 +31,8 @@ from labkernel.monitor import Monitor, Recording
 
 FPS = 10.0
 """Frames and samples a second."""
-CAPTION = "dashboard: " + figures.CAPTION
+TEXT = f"[dashboard: {figures.CAPTION}]"
+"""The same in every run, with the widget and with the figure: what is compared of a stored notebook."""
 EXEC_WITHIN = 20.0
 """Seconds after which a program started by the exec button is killed."""
 
@@ -40,8 +41,8 @@ class Dashboard:
     """Live plots over one or several containers, with sliders and buttons; shown by being the value of a cell.
 
     A container that has not been started gets a start button. The dashboard stops by itself when its containers have
-    ended, when its cell is run again, or when another dashboard shows one of its containers. What it has recorded
-    stays, see `recordings`.
+    ended, when its cell is run again, or when another dashboard shows one of its containers. Then the figure of what
+    it has recorded stands in its place; `recordings` has the numbers.
     """
 
     _shown: ClassVar[weakref.WeakSet[Dashboard]] = weakref.WeakSet()
@@ -72,7 +73,7 @@ class Dashboard:
         return [view.recording for view in self.views]
 
     def stop(self) -> None:
-        """End watching and drawing; the containers go on. The last picture stays, and the figure goes below it."""
+        """End watching and drawing, and show the figure in place of the widget; the containers go on."""
         self._stopping.set()
         if self._thread and self._thread is not threading.current_thread():
             self._thread.join()
@@ -81,14 +82,18 @@ class Dashboard:
         for view in self.views:
             view.close()
         if self._display:
-            self._display.update(self._output(figure=True), raw=True, metadata=self._metadata())
+            figure = figures.as_output(figures.recording_figure(*self.recordings)) | {"text/plain": TEXT}
+            alt = figures.describe(*self.recordings)
+            self._display.update(figure, raw=True, metadata={"image/png": {"alt": alt}})
             self._display = None
 
     def _ipython_display_(self) -> None:
         """Show it, and start drawing."""
         from IPython.display import display
 
-        self._display = display(self._output(), raw=True, display_id=True)  # type: ignore[no-untyped-call]
+        live = "application/vnd.jupyter.widget-view+json"
+        bundle = {live: self.widget._repr_mimebundle_()[live], "text/plain": TEXT}
+        self._display = display(bundle, raw=True, display_id=True)  # type: ignore[no-untyped-call]
         if self._thread is None and not self._stopping.is_set():
             self._thread = threading.Thread(target=self._run, name="dashboard", daemon=True)
             self._thread.start()
@@ -117,17 +122,6 @@ class Dashboard:
     def _replaced_by(self, new: Dashboard) -> bool:
         names = {view.container.name for view in self.views} & {view.container.name for view in new.views}
         return bool(names) or (self._cell is not None and self._cell == new._cell)
-
-    def _output(self, figure: bool = False) -> dict[str, Any]:
-        """The widget for who has a kernel, the figure for who has none, and the same text in every run."""
-        live = "application/vnd.jupyter.widget-view+json"
-        bundle: dict[str, Any] = {live: self.widget._repr_mimebundle_()[live]}
-        if figure:
-            bundle |= figures.as_output(figures.recording_figure(*self.recordings))
-        return bundle | {"text/plain": f"[{CAPTION}]"}
-
-    def _metadata(self) -> dict[str, Any]:
-        return {"image/png": {"alt": figures.describe(*self.recordings)}}
 
 
 class View:
@@ -188,7 +182,7 @@ class View:
     @property
     def recording(self) -> Recording:
         """What has been recorded of this container."""
-        return self.monitor.recording if self.monitor else Recording(self.container.name)
+        return self.monitor.recording if self.monitor else Recording(monitor.title(self.container))
 
     def draw(self) -> None:
         """Make the next frame."""
@@ -227,7 +221,7 @@ class View:
             control.disabled = not running
         self.start_button.disabled = self.monitor is not None or self.over
         state = "has ended" if self.over else "runs" if running else "is not started"
-        self.title.value = f"<b>{html.escape(self.container.name)}</b> {state}"
+        self.title.value = f"<b>{html.escape(monitor.title(self.container))}</b> {state}"
         if running and not limited:
             self._say("no control group on this machine: nothing to slide")
 

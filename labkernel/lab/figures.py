@@ -51,12 +51,12 @@ def recording_figure(*recordings: Recording) -> Figure:
             draw(axes, recording, recording.columns())
             if column:
                 axes.set_ylabel("")
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, axes.get_ylim()[1] * 1.05)
             axes.legend(
-                *_named(axes), loc="upper left", fontsize=7.5, ncols=5, frameon=False, borderaxespad=0.2
-            )
-            axes.set_ylim(top=axes.get_ylim()[1] * 1.25)  # room for the legend
-        grid[0][column].set_title(recording.name, fontsize=11)
+                *_named(axes), loc="lower left", bbox_to_anchor=(0, 1), ncols=6 if len(recordings) == 1 else 3,
+                fontsize=7.5, frameon=False, borderaxespad=0.1, handlelength=1.8, columnspacing=1.2,
+            )  # fmt: skip
+        grid[0][column].set_title(recording.name, fontsize=11, weight="bold", pad=24)
         grid[-1][column].set_xlabel("seconds")
     figure.align_ylabels()
     return figure
@@ -75,9 +75,11 @@ def _draw_memory(axes: Axes, recording: Recording, table: Mapping[str, list[Any]
     axes.set_ylabel("memory (MiB)")
     seconds = table["seconds"]
     named = {"anon": "anonymous", "file": "page cache", "shmem": "tmpfs"}
+    if not any(table["memory_shmem_bytes"]):
+        del named["shmem"]
     kinds = [[size / MIB for size in table[f"memory_{kind}_bytes"]] for kind in named]
     areas = axes.stackplot(seconds, kinds, colors=[SKY, ORANGE, GREEN], labels=named.values(), linewidth=0)
-    for area, hatch in zip(areas, ("", "////", "...."), strict=True):
+    for area, hatch in zip(areas, ("", "////", "...."), strict=False):
         area.set(hatch=hatch, edgecolor="white")
     whole = [size / MIB for size in table["memory_bytes"]]
     axes.plot(seconds, whole, color="black", linewidth=1, label="all")
@@ -169,23 +171,24 @@ def _described(recording: Recording) -> str:
     if len(recording.samples) < 2:
         return f"{recording.name}: nothing recorded yet."
     table, last = recording.columns(), recording.samples[-1]
-    seconds = last.seconds
+    memory_limits = [None if size is None else size / MIB for size in table["memory_limit_bytes"]]
+    throttled = len(recording.events("cpu_throttled_usec")) / (len(recording.samples) - 1)
     parts = [
-        f"CPU up to {max(recording.rate('cpu_usec')) / 1e6:.2f} cores" + _of(last.cpus_limit, "{:g}")
-        + f", throttled in {len(recording.events('cpu_throttled_usec'))} of {len(recording.samples) - 1} intervals",
-        f"memory up to {last.memory_peak_bytes / MIB:.0f} MiB"
-        + _of(None if last.memory_limit_bytes is None else last.memory_limit_bytes / MIB, "{:.4g}")
-        + f", {last.oom_kills} OOM kills",
-        f"up to {max(table['pids'])} processes and threads" + _of(last.pids_limit, "{:g}")
-        + f", {last.pids_max_events} forks refused",
+        f"CPU up to {max(recording.rate('cpu_usec', over=1)) / 1e6:.2f} cores{_limited(table['cpus_limit'])}, "
+        f"throttled in {throttled:.0%} of the time",
+        f"memory up to {last.memory_peak_bytes / MIB:.0f} MiB{_limited(memory_limits)}, OOM kills: {last.oom_kills}",
+        f"up to {max(table['pids'])} processes and threads{_limited(table['pids_limit'])}, "
+        f"forks refused: {last.pids_max_events}",
         f"{last.io_write_bytes / MIB:.1f} MiB written to disk",
-        f"{(last.net_received_bytes + last.net_sent_bytes) / MIB:.1f} MiB over the network",
-    ]  # fmt: skip
-    return f"{recording.name} over {seconds:.1f} s: {'; '.join(parts)}."
+        f"{last.net_sent_bytes / MIB:.1f} MiB sent over its network",
+    ]
+    return f"{recording.name} over {last.seconds:.1f} s: {'; '.join(parts)}."
 
 
-def _of(limit: float | None, words: str) -> str:
-    return ", not limited" if limit is None else f" with a limit of {words.format(limit)}"
+def _limited(limits: Sequence[float | None]) -> str:
+    """A limit in words, with all the values that it had."""
+    values = ["none" if limit is None else f"{limit:.4g}" for limit in dict.fromkeys(limits)]
+    return f" (limit: {', then '.join(values)})"
 
 
 # ---------------------------------------------------------------------- what an image weighs
