@@ -405,7 +405,7 @@ def _guarded(name: str, probe: Callable[[], Finding]) -> Finding:
     try:
         return probe()
     except Exception as error:
-        return Finding(name, False, f"{type(error).__name__}: {_words(error)}", "report this")
+        return Finding(name, False, _words(error), "report this")
 
 
 def _guarded_list(
@@ -414,9 +414,7 @@ def _guarded_list(
     try:
         return list(probes(userns))
     except Exception as error:
-        return [
-            Finding(name, False, f"{type(error).__name__}: {_words(error)}", "report this") for name in names
-        ]
+        return [Finding(name, False, _words(error), "report this") for name in names]
 
 
 def _answer(finding: Finding) -> str:

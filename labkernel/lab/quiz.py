@@ -22,7 +22,9 @@ def predict(question: str, *, right: Mapping[str, str], wrong: Mapping[str, str]
         "text/html": as_page(question, verdicts),
         "text/plain": as_text(question, verdicts),
     }
-    display(bundle | _as_widget(question, verdicts), raw=True)  # type: ignore[no-untyped-call]
+    kind = "application/vnd.jupyter.widget-view+json"
+    bundle[kind] = as_widget(question, verdicts)._repr_mimebundle_()[kind]
+    display(bundle, raw=True)  # type: ignore[no-untyped-call]
 
 
 def as_page(question: str, verdicts: Mapping[str, str]) -> str:
@@ -39,8 +41,8 @@ def as_text(question: str, verdicts: Mapping[str, str]) -> str:
     return "\n".join([f"Predict: {question}", *(f"  ( ) {answer}" for answer in verdicts)])
 
 
-def _as_widget(question: str, verdicts: Mapping[str, str]) -> dict[str, Any]:
-    """The quiz as radio buttons: the part of the display that a page leaves out."""
+def as_widget(question: str, verdicts: Mapping[str, str]) -> Any:
+    """The quiz as radio buttons, for where there is a kernel."""
     import ipywidgets  # type: ignore[import-untyped]
 
     heading = ipywidgets.HTML(f"<b>Predict:</b> {html.escape(question)}")
@@ -55,6 +57,4 @@ def _as_widget(question: str, verdicts: Mapping[str, str]) -> dict[str, Any]:
         )
 
     choices.observe(tell, names="value")
-    bundle = ipywidgets.VBox([heading, choices, answer])._repr_mimebundle_()
-    kind = "application/vnd.jupyter.widget-view+json"
-    return {kind: bundle[kind]}
+    return ipywidgets.VBox([heading, choices, answer])
