@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -31,6 +32,8 @@ SETTLES_WITHIN = 15.0
 def own_home(factory: pytest.TempPathFactory) -> Iterator[Path]:
     """An empty LABKERNEL_HOME, a launcher that ends with it, and the proof that both are left without a trace.
 
+    Temporary files go there too, so that those of others who work with the lab are not taken for ours.
+
     The image and its unpacked root file system are shared by all homes of this run of the tests.
     """
     shared = factory.getbasetemp() / "shared"
@@ -40,11 +43,14 @@ def own_home(factory: pytest.TempPathFactory) -> Iterator[Path]:
         images.rootfs()
         children.close_launcher()
     link_images(shared, place)
-    with environment(LABKERNEL_HOME=str(place)):
+    (place / "tmp").mkdir()
+    with environment(LABKERNEL_HOME=str(place), TMPDIR=str(place / "tmp")):
+        tempfile.tempdir = None  # so that TMPDIR is looked at
         before = snapshot()
         yield place
         children.close_launcher()
         assert_nothing_left(before)
+    tempfile.tempdir = None
 
 
 def link_images(shared: Path, place: Path) -> None:
@@ -302,7 +308,8 @@ def _tables() -> list[str]:
 
 
 def _directories() -> list[str]:
-    return [str(path) for kind in (state.containers(), state.launchers()) for path in kind.glob("*")]
+    ours = [str(path) for kind in (state.containers(), state.launchers()) for path in kind.glob("*")]
+    return ours + [str(path) for path in Path(tempfile.gettempdir()).glob(f"{state.PREFIX}*")]
 
 
 def _descriptors() -> list[str]:
