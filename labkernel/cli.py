@@ -16,12 +16,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
+if TYPE_CHECKING:
+    from labkernel.children import Channel
+
 FAILED = 125
 """Docker's exit status where labkernel, not the program inside, has failed."""
+
+TIDIED_WITHIN = 10.0
+"""Seconds in which a killed container is gone, with all that it was made of."""
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -257,11 +263,10 @@ def run(words: tuple[str, ...], interactive: bool, detach: bool, **options: Any)
         children.launcher().detach()
         click.echo(container.spec.id)
         return 0
-    if container.spec.process.tty:
-        container.start()
-    else:
-        container.start(0 if interactive else subprocess.DEVNULL, 1, 2)
-    _forward_signals(container.signal)
+    stdio = () if container.spec.process.tty else (0 if interactive else subprocess.DEVNULL, 1, 2)
+    with _signals_held_back():
+        container.start(*stdio)
+        _forward_signals(container.signal)
     if container.terminal is not None:
         _attend(container.terminal, interactive)
     return container.wait()
@@ -290,17 +295,38 @@ def execute(
             stdio = (nothing, nothing, nothing) if tty else (0 if interactive else nothing, 1, 2)
             process = _one_more(record, command, _environment(env), user, workdir, tty)
             channel = launcher.ask({"do": "exec", "record": record, "process": process}, stdio)
-        channel.answer(children.STARTED_WITHIN)
+        return _until_ended(channel, interactive)
+    finally:
+        launcher.close()
+
+
+def _until_ended(channel: Channel, interactive: bool) -> int:
+    """Attend a program that `exec` has started, and return its exit status; when we are to end, it is killed."""
+    from labkernel import children, monitor
+
+    pid = 0
+    message: children.Message | bytes = b""
+    try:
         while True:
             message, fds = channel.message_and_fds()
             if isinstance(message, dict):
-                return int(message["status"])
-            if message == b"tty":
+                if "error" in message:
+                    raise message["error"]
+                if "status" in message:
+                    return int(message["status"])
+                pid = message["pid"]
+            elif message == b"tty":
                 _attend(fds[0], interactive)
             elif message.startswith(b"failed "):
                 raise RuntimeError(message.decode().split(" ", 2)[2])
-    finally:
-        launcher.close()
+    except (KeyboardInterrupt, SystemExit):
+        # The program's own children would go on, as children of the container's init.
+        for descendant in monitor.descendants(pid)[1:] if pid else ():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(descendant, signal.SIGKILL)
+        while not (isinstance(message, dict) and "status" in message):
+            message = channel.message(children.STARTED_WITHIN)
+        raise
 
 
 def _start_launcher() -> None:
@@ -327,6 +353,22 @@ def _attend(terminal: int, interactive: bool) -> None:
     attend(terminal, 0 if interactive else None)
 
 
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextlib.contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Let signals wait, so that one that comes while the container starts reaches it, and does not just end us."""
+    from labkernel import children
+
+    children.launcher()  # it must not inherit what is blocked
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _forward_signals(send: Callable[[int], None]) -> None:
     """What is sent to us goes to the container's program; a second Ctrl-C kills it."""
     interrupts = 0
@@ -336,7 +378,7 @@ def _forward_signals(send: Callable[[int], None]) -> None:
         interrupts += number == signal.SIGINT
         send(signal.SIGKILL if interrupts > 1 else number)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in FORWARDED:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup, and a shell's background jobs
             signal.signal(number, forward)
 
@@ -618,23 +660,26 @@ def _end(record: Mapping[str, Any], patience: float) -> None:
     from labkernel import state
     from labkernel.container import cgroup_at
 
-    init = state.ProcessKey(**record["init"])
+    init, launcher = (state.ProcessKey(**record[who]) for who in ("init", "launcher"))
     with contextlib.suppress(ProcessLookupError):
         pidfd = os.pidfd_open(init.pid)
         try:
             if init.alive():  # asked after opening: from now on the pid cannot be somebody else's
                 if record["state"] == "paused" and (group := cgroup_at(record["cgroup"])):
                     group.thaw()
-                signal.pidfd_send_signal(pidfd, signal.SIGTERM if patience else signal.SIGKILL)
-                if patience and not _ends_within(pidfd, patience):
+                if patience:
+                    signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+                if not _ends_within(pidfd, patience):
                     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                _ends_within(pidfd, 10)
+                    _ends_within(pidfd, TIDIED_WITHIN)
         finally:
             os.close(pidfd)
-    launcher = state.ProcessKey(**record["launcher"])
+    end = time.monotonic() + TIDIED_WITHIN
     while (
         launcher.alive() and (found := state.read_record(_directory(record))) and found["state"] != "exited"
     ):
+        if time.monotonic() > end:
+            raise RuntimeError(f"container {record['name']} was killed, and does not end: see ps {init.pid}")
         time.sleep(0.01)
 
 
