@@ -116,8 +116,16 @@ def test_watched_stops_after_each_step() -> None:
         with watched(one, two) as go_on:
             return [os.readlink(f"/proc/{go_on()}/cwd") for _ in range(2)]
 
-    for _ in range(20):  # the child may stop before or after we begin to wait for it
-        assert in_child(watch) == ["/proc", "/"]
+    assert in_child(watch) == ["/proc", "/"]
+
+
+def test_watched_also_when_the_child_stops_before_it_is_waited_for() -> None:
+    def watch() -> str:
+        with watched(lambda: os.chdir("/proc")) as go_on:
+            time.sleep(0.2)
+            return os.readlink(f"/proc/{go_on()}/cwd")
+
+    assert in_child(watch) == "/proc"
 
 
 def test_watched_says_how_a_step_failed_and_leaves_no_process() -> None:

@@ -13,7 +13,7 @@ from matplotlib.patches import Rectangle
 
 from labkernel import Container, in_child, lab
 from labkernel.images import rootfs
-from labkernel.lab.look import Sight, look, look_at, program_of
+from labkernel.lab.look import Sight, _interfaces, look, look_at, program_of
 from labkernel.lab.table import Table, inside_outside
 from labkernel.lab.walls import Wall, draw, in_words, walls
 from labkernel.linux import capabilities, namespaces, syscalls
@@ -106,6 +106,11 @@ def test_a_new_mount_namespace_is_a_copy() -> None:
 
 def test_a_new_network_namespace_has_loopback_alone() -> None:
     assert inside_outside(unshare, "net")["network"].inside == "its own: lo"
+
+
+def test_devices_that_some_kernels_add_by_themselves_are_not_told() -> None:
+    lines = ["Inter-|", " face |", "    lo: 0 0", "  sit0: 0 0", "  eth0: 0 0"]
+    assert _interfaces("\n".join(lines)) == ("eth0", "lo")
 
 
 def test_a_cgroup_namespace_does_not_make_another_cgroup() -> None:
