@@ -6,6 +6,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from matplotlib.patches import Rectangle
 from labkernel import Container, in_child, lab
 from labkernel.images import rootfs
 from labkernel.lab.look import Sight, _interfaces, look, look_at, program_of
-from labkernel.lab.table import Table, inside_outside
+from labkernel.lab.table import Table, _rows, inside_outside
 from labkernel.lab.walls import Wall, draw, in_words, walls
 from labkernel.linux import capabilities, namespaces, syscalls
 from labkernel.linux.capabilities import Capability
@@ -124,6 +125,12 @@ def test_lost_capabilities_are_named() -> None:
     )
     assert inside_outside(keep, "KILL")["capabilities"].inside == "only CAP_KILL"
     assert inside_outside(keep)["capabilities"].inside == "none"
+
+
+def test_without_any_capability_outside_none_is_said_to_be_lost() -> None:
+    bare = replace(look(), capabilities=frozenset())
+    (row,) = [row for row in _rows(bare, bare) if row.what == "capabilities"]
+    assert (row.outside, row.inside, row.changed) == ("none", "none", False)
 
 
 def test_a_container_has_everything_of_its_own(container: Container) -> None:

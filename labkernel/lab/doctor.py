@@ -90,7 +90,7 @@ def examine() -> Findings:
         )
     found.append(Finding("children", True, "a child process can be started, in which a cell's function runs"))
     userns = _guarded("userns", lambda: _user_namespace(facts))
-    found += [userns, _guarded("subuid", lambda: _subuid(facts))]
+    found += [userns, _guarded("subuid", lambda: _subuid(facts, userns))]
     found += _guarded_list(NAMESPACES, _namespaces, userns)
     with tempfile.TemporaryDirectory(prefix=state.PREFIX) as name:
         rootfs = _empty_rootfs(Path(name))
@@ -198,7 +198,9 @@ def _why_no_user_namespace(words: str) -> str:
     )
 
 
-def _subuid(facts: dict[str, Any]) -> Finding:
+def _subuid(facts: dict[str, Any], userns: Finding) -> Finding:
+    if not userns.ok:
+        return Finding("subuid", False, "no user namespace, so no ids in it", "see userns")
     count = facts["container_map"]["count"]
     if count >= users.RANGE:
         return Finding("subuid", True, f"a container gets {users.RANGE} ids of its own")

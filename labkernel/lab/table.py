@@ -90,7 +90,7 @@ def _rows(out: Sight, inn: Sight) -> Iterator[Row]:
     outside = "root" if out.uid == 0 else f"uid {out.uid}"
     yield _row("user", outside, user + (" of its own user namespace" if "user" in own else ""))
     yield _row("cgroup", "the lab's", _cgroup(out, inn, own))
-    yield _row("capabilities", "all of root's", _capabilities(out, inn, own))
+    yield _row("capabilities", "all of root's" if out.capabilities else "none", _capabilities(out, inn, own))
     kinds = [kind for kind in inn.namespaces if kind in own]
     shared = "all shared" if not own else f"its own: {', '.join(kinds)}"
     yield _row("namespaces", "all shared", shared if len(own) < 8 else "its own: all eight")
@@ -136,10 +136,10 @@ def _is_root_path(cgroup: str) -> bool:
 def _capabilities(out: Sight, inn: Sight, own: set[str]) -> str:
     lacking = out.capabilities - inn.capabilities
     where = ", within its own user namespace" if "user" in own else ""
-    if not lacking:
-        return "all of root's" + where
     if not inn.capabilities:
         return "none"
+    if not lacking:
+        return "all of root's" + where
     if inn.capabilities == capabilities.DOCKER_DEFAULT & out.capabilities:
         return f"Docker's default {len(inn.capabilities)}{where}"
     few = len(lacking) <= 4
