@@ -52,7 +52,6 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and end with its exit status."""
     try:
         status = verbs.main(arguments, prog_name="labkernel", standalone_mode=False)
-        sys.stdout.flush()
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         status = FAILED
@@ -61,9 +60,6 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         status = _failed(f"{error.format_message()} ({verb} --help lists what there is)")
     except (click.Abort, KeyboardInterrupt):
         status = 128 + signal.SIGINT
-    except BrokenPipeError:  # `labkernel ps | head -1`: whoever read has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 128 + signal.SIGPIPE
     except Exception as error:
         if os.environ.get("LABKERNEL_DEBUG"):
             raise

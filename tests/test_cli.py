@@ -14,12 +14,13 @@ import subprocess
 import sys
 import tempfile
 import termios
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import click
 import pytest
@@ -378,7 +379,7 @@ def test_a_reader_that_has_seen_enough() -> None:
         )
     finally:
         os.close(write)
-    assert done.stderr == b""
+    assert (done.stderr, done.returncode) == (b"", 1)
 
 
 @dataclass
@@ -391,7 +392,9 @@ class Terminal:
     seen: bytes = b""
 
     def type(self, text: str) -> None:
-        os.write(self.keyboard, text.encode())
+        data = text.encode()
+        while data:
+            data = data[os.write(self.keyboard, data) :]
 
     def read_until(self, text: str) -> str:
         """What appears up to and including `text`."""
@@ -450,12 +453,15 @@ def test_a_session_in_a_terminal() -> None:
 
 
 def test_more_than_a_terminal_takes_at_once() -> None:
-    """The program writes while it does not read: nobody may wait for the other for ever."""
-    program = "import sys, time; print('ready'); time.sleep(.3); print('y' * 200000); print(len(sys.stdin.readline()))"
+    """The program writes while it does not read, and we type meanwhile: nobody may wait for the other for ever."""
+    program = "import time; print('ready'); time.sleep(.5); print('y' * 1000000); [*iter(input, 'end')]; print('read')"
     with terminal("run", "--rm", "-it", "python3", "-c", program) as session:
         session.read_until("ready")
-        session.type(("x" * 60 + "\n") * 100)
-        session.read_until("61\r\n")
+        typist = threading.Thread(
+            target=session.type, args=(("x" * 60 + "\n") * 5000 + "end\n",), daemon=True
+        )
+        typist.start()
+        session.read_until("read\r\n")
         assert session.process.wait(PATIENCE) == 0
 
 
@@ -487,34 +493,42 @@ IGNORES = "trap 'echo caught' INT; trap '' TERM HUP; echo ready; while :; do sle
 
 
 @contextlib.contextmanager
-def running(*words: str) -> Iterator[subprocess.Popen[bytes]]:
-    """`labkernel run` of a program that has said that it is ready."""
-    with subprocess.Popen([*LABKERNEL, "run", *words], cwd=ROOT, stdout=subprocess.PIPE) as process:
+def started(*words: str) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes]]]:
+    """The command as it runs, and what it prints; killed at the end, if the test fails."""
+    with subprocess.Popen([*LABKERNEL, *words], cwd=ROOT, stdout=subprocess.PIPE) as process:
+        assert process.stdout
         try:
-            assert process.stdout and process.stdout.readline() == b"ready\n"
-            yield process
+            yield process, process.stdout
         finally:
             process.kill()
 
 
+@contextlib.contextmanager
+def running(*words: str) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes]]]:
+    """`labkernel run` of a program that has said that it is ready."""
+    with started("run", *words) as (process, output):
+        assert output.readline() == b"ready\n"
+        yield process, output
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_reach_the_program(number: signal.Signals) -> None:
-    with running("--rm", "python3", "-c", ON_SIGNAL) as process:
+    with running("--rm", "python3", "-c", ON_SIGNAL) as (process, output):
         process.send_signal(number)
-        assert process.stdout and process.stdout.read() == f"{number.name}\n".encode()
+        assert output.read() == f"{number.name}\n".encode()
         assert process.wait(PATIENCE) == 7
 
 
 def test_the_second_interrupt_kills() -> None:
-    with running("--rm", "sh", "-c", IGNORES) as process:
+    with running("--rm", "sh", "-c", IGNORES) as (process, output):
         process.send_signal(signal.SIGINT)
-        assert process.stdout and process.stdout.readline() == b"caught\n"
+        assert output.readline() == b"caught\n"
         process.send_signal(signal.SIGINT)
         assert process.wait(PATIENCE) == 137
 
 
 def test_killing_the_command_ends_the_container() -> None:
-    with running("--name", "orphan", "--rm", "sh", "-c", IGNORES) as process:
+    with running("--name", "orphan", "--rm", "sh", "-c", IGNORES) as (process, _):
         pid = rows()["orphan"]["pid"]
         init = state.ProcessKey.of(pid)
         process.kill()
@@ -582,9 +596,8 @@ def test_a_session_by_exec() -> None:
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_exec_that_is_interrupted_ends(number: int, status: int) -> None:
     with detached("box", "sleep", "1000"):
-        command = [*LABKERNEL, "exec", "box", "sh", "-c", "echo ready; sleep 777; :"]
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
-            assert process.stdout and process.stdout.readline() == b"ready\n"
+        with started("exec", "box", "sh", "-c", "echo ready; sleep 777; :") as (process, output):
+            assert output.readline() == b"ready\n"
             process.send_signal(number)
             assert process.wait(PATIENCE) == status
         waited_for(lambda: "sleep 777" not in printed("exec", "box", "ps", "-A", "-o", "args"), "its end")
@@ -631,19 +644,13 @@ def test_stats() -> None:
 
 
 def test_live_stats_end_with_the_container() -> None:
-    with detached("short", "sleep", "1000"):
-        with subprocess.Popen([*LABKERNEL, "stats", "short"], cwd=ROOT, stdout=subprocess.PIPE) as process:
-            assert process.stdout
-            lines = [process.stdout.readline() for _ in range(4)]  # two tables
-            printed("stop", "--time", "0", "short")
-            assert process.wait(PATIENCE) == 0
+    with detached("short", "sleep", "1000"), started("stats", "short") as (process, output):
+        lines = [output.readline() for _ in range(4)]  # two tables
+        printed("stop", "--time", "0", "short")
+        assert process.wait(PATIENCE) == 0
         assert [b"short" in line for line in lines] == [False, True, False, True]
-    command = [*LABKERNEL, "stats"]
-    with (
-        detached("long", "sleep", "1000"),
-        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process,
-    ):
-        assert process.stdout and process.stdout.readline()
+    with detached("long", "sleep", "1000"), started("stats") as (process, output):
+        assert output.readline()
         process.send_signal(signal.SIGINT)
         assert process.wait(PATIENCE) == 130
 
