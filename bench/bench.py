@@ -241,7 +241,7 @@ def start_to_exit(rounds: int) -> list[Row]:
         work.chmod(0o755)
         with Runner() as plain, Runner(without=cgroup2_beside_v1()) as hidden:
             starts: dict[str, Start] = {}
-            for name, start in subjects(str(rootfs()), work, plain, hidden).items():
+            for name, start in subjects(str(rootfs().resolve()), work, plain, hidden).items():
                 if isinstance(start, str):
                     say(f"left out: {name}: {start}")
                 else:
@@ -264,7 +264,7 @@ def take_turns(benchmark: str, starts: Mapping[str, Start], rounds: int) -> list
             except Failed as failure:
                 if number > -2 or name == "labkernel":
                     raise
-                say(f"left out: {failure}")  # it does not work on this machine at all
+                say(f"left out: {name}: {failure}")  # it does not work on this machine at all
                 order.remove(name)
                 del times[name]
                 continue
@@ -417,7 +417,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     RESULTS.parent.mkdir(exist_ok=True)
     shown: list[dict[str, Any]] = [row._asdict() | {"median_ms": round(row.median_ms, 3)} for row in rows]
     RESULTS.write_text(json.dumps(shown, indent=1) + "\n")
-    print(f"\nwritten: {RESULTS.relative_to(ROOT)}")
+    print(f"\nwritten: {os.path.relpath(RESULTS)}")
     return 0
 
 
