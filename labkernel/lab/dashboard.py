@@ -134,7 +134,7 @@ class View:
         self.monitor: Monitor | None = None
         self.over = False
         self._processes_drawn = 0.0
-        wide = ipywidgets.Layout(width="100%")
+        wide = ipywidgets.Layout(width="auto", flex="1 1 auto")
         self.title = ipywidgets.HTML()
         self.plot = ipywidgets.HTML(layout=wide)
         self.processes = ipywidgets.HTML(layout=wide)
@@ -157,7 +157,7 @@ class View:
             limits.cpus or _cores(), min=0.05, max=_cores(), step=0.05, description="cpus", **slider
         )
         self.pids = ipywidgets.IntSlider(pids, 1, min(4 * pids, spec.pid_max()), description="pids", **slider)
-        button = ipywidgets.Layout(width="auto")
+        button = ipywidgets.Layout(width="auto", flex="0 0 auto")
         self.start_button = ipywidgets.Button(description="start", layout=button)
         self.pause_button = ipywidgets.ToggleButton(description="pause", layout=button)
         self.stop_button = ipywidgets.Button(description="stop", layout=button)
@@ -174,7 +174,7 @@ class View:
         buttons = ipywidgets.HBox([self.start_button, self.pause_button, self.stop_button])
         run = ipywidgets.HBox([self.command, self.exec_button])
         parts = [self.title, self.plot, *sliders, self.said, buttons, self.processes, run, self.answer]
-        self.widget = ipywidgets.VBox(parts, layout=ipywidgets.Layout(width="560px"))
+        self.widget = ipywidgets.VBox(parts, layout=ipywidgets.Layout(flex="1 1 420px", max_width="560px"))
         if container.pid is not None:
             self._watch()
         self._enable()

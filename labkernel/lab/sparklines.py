@@ -14,6 +14,8 @@ from typing import Any
 from labkernel.lab import figures
 from labkernel.monitor import Recording, Sample
 
+BEYOND = 16.0
+"""A limit this many times higher than anything shown is named, not drawn."""
 WINDOW = 20.0
 """Seconds that the moving picture shows."""
 
@@ -144,7 +146,7 @@ def _panel_svg(panel: Panel, across: Sequence[float], top: float) -> Iterable[st
     """The parts of a panel: ground line, shades, lines, the limit that may have moved, marks, words."""
     most = max(panel.least, *(max(line.values) for line in panel.lines))
     limits = [limit for limit in panel.limits if limit is not None]
-    drawn = limits and max(limits) <= 8 * most
+    drawn = limits and max(limits) <= BEYOND * most
     scale = (PANEL - 14) / (max(most, *limits) if drawn else most)
     bottom = top + PANEL
 

@@ -1,0 +1,160 @@
+"""Figures of recordings and of images: what is drawn is what was measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.figure import Figure
+
+from labkernel.image.weigh import Weight
+from labkernel.lab import figures
+from labkernel.monitor import Recording, Sample
+
+MIB = 1 << 20
+
+
+def recording() -> Recording:
+    """Two seconds, in which a quota is halved, memory is full, and a fork is refused."""
+    samples = [
+        Sample(
+            number / 10,
+            cpu_usec=number * 50_000,
+            cpu_throttled_usec=max(0, number - 10) * 1000,
+            memory_bytes=number * 4 * MIB,
+            memory_anon_bytes=number * 3 * MIB,
+            memory_file_bytes=number * MIB,
+            memory_peak_bytes=number * 4 * MIB,
+            memory_limit_bytes=64 * MIB,
+            oom_kills=int(number > 15),
+            pids=2 + number // 2,
+            pids_limit=10,
+            pids_max_events=int(number > 12),
+            cpus_limit=0.5 if number < 10 else 0.25,
+            net_sent_bytes=number * MIB,
+        )
+        for number in range(20)
+    ]
+    return Recording("box", samples)
+
+
+def labels(figure: Figure, panel: int) -> list[str]:
+    legend = figure.axes[panel].get_legend()
+    assert legend
+    return [text.get_text() for text in legend.get_texts()]
+
+
+def heights(line: Any) -> list[float]:
+    return list(line.get_ydata())
+
+
+def test_the_lines_are_the_measured_numbers() -> None:
+    figure = figures.recording_figure(recording())
+    cpu, memory, pids = figure.axes[:3]
+    assert heights(cpu.lines[0])[-1] == pytest.approx(0.5)
+    assert heights(memory.lines[0]) == [number * 4 for number in range(20)]
+    assert heights(pids.lines[0]) == [2 + number // 2 for number in range(20)]
+    assert figure.axes[0].get_title() == "box"
+
+
+def test_limits_kills_refusals_and_waiting_are_named_and_drawn() -> None:
+    figure = figures.recording_figure(recording())
+    assert "quota 0.5 cores, changed" in labels(figure, 0)
+    assert "throttled" in labels(figure, 0)
+    assert {"limit 64 MiB", "OOM kill (1)"} <= set(labels(figure, 1))
+    assert {"limit 10", "fork refused (1)"} <= set(labels(figure, 2))
+    quota = next(line for line in figure.axes[0].lines if "quota" in str(line.get_label()))
+    assert heights(quota) == [0.5] * 10 + [0.25] * 10
+
+
+def test_a_limit_far_above_or_missing_is_told_and_does_not_flatten_the_rest() -> None:
+    far = Recording(
+        "", [Sample(n / 10, memory_bytes=MIB, memory_limit_bytes=512 * MIB, pids=2) for n in range(3)]
+    )
+    figure = figures.recording_figure(far)
+    assert "limit 512 MiB: far above" in labels(figure, 1)
+    assert figure.axes[1].get_ylim()[1] < 2
+    assert "no limit" in labels(figure, 2)
+
+
+def test_no_two_things_differ_by_colour_alone() -> None:
+    figure = figures.recording_figure(recording())
+    for axes in figure.axes:
+        styles = [(str(line._dash_pattern), line.get_linewidth(), line.get_marker()) for line in axes.lines]  # type: ignore[attr-defined]
+        named = [
+            style
+            for style, line in zip(styles, axes.lines, strict=True)
+            if not str(line.get_label()).startswith("_")
+        ]
+        assert len(set(named)) == len(named)
+        hatches = [area.get_hatch() for area in axes.collections]
+        assert len(set(hatches)) == len(hatches)
+
+
+def test_several_recordings_stand_side_by_side_on_one_scale() -> None:
+    figure = figures.recording_figure(recording(), Recording("other", recording().samples[:5]))
+    assert len(figure.axes) == 10
+    assert figure.axes[2].get_ylim() == figure.axes[3].get_ylim()
+
+
+@pytest.mark.parametrize("samples", [[], [Sample()]])
+def test_a_recording_of_nothing_can_be_drawn(samples: list[Sample]) -> None:
+    figures.as_png(figures.recording_figure(Recording("", samples)))
+
+
+def test_the_words_say_what_the_figure_shows() -> None:
+    words = figures.describe(recording())
+    for part in (
+        "box over 1.9 s",
+        "limit: 0.5, then 0.25",
+        "memory up to 76 MiB (limit: 64)",
+        "OOM kills: 1",
+        "refused: 1",
+    ):
+        assert part in words
+    assert figures.describe(Recording("box")) == "box: nothing recorded yet."
+
+
+@pytest.mark.parametrize("suffix", ["pdf", "svg", "png"])
+def test_twice_the_same_file_without_a_date(tmp_path: Path, suffix: str) -> None:
+    contents = []
+    for name in ("one", "two"):
+        figures.save(figures.recording_figure(recording()), tmp_path / f"{name}.{suffix}", "in words")
+        contents.append((tmp_path / f"{name}.{suffix}").read_bytes())
+    assert contents[0] == contents[1]
+    assert b"CreationDate" not in contents[0]
+    assert b"in words" in contents[0]
+
+
+def test_another_kind_of_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is saved as"):
+        figures.save(Figure(), tmp_path / "figure.bmp")
+
+
+def test_a_treemap_fills_its_rectangle_and_each_part_has_its_share() -> None:
+    sizes = {"a": 60.0, "b": 25.0, "c": 10.0, "d": 5.0, "nothing": 0.0}
+    placed = figures.squarify(sizes, 16, 10)
+    assert set(placed) == {"a", "b", "c", "d"}
+    for name, (x, y, width, height) in placed.items():
+        assert width * height == pytest.approx(160 * sizes[name] / 100)
+        assert 0 <= x <= x + width <= 16 + 1e-9
+        assert 0 <= y <= y + height <= 10 + 1e-9
+    boxes = list(placed.values())
+    for number, (x, y, width, height) in enumerate(boxes):
+        for u, v, w, h in boxes[number + 1 :]:
+            assert x + width <= u + 1e-9 or u + w <= x + 1e-9 or y + height <= v + 1e-9 or v + h <= y + 1e-9
+    assert figures.squarify({}, 16, 10) == {}
+
+
+def test_what_is_heavy_has_a_name_in_the_treemap() -> None:
+    weights = [
+        Weight("/usr/lib/x/heavy.so", 90 * MIB),
+        Weight("/usr/lib/x/y/z", MIB // 2),
+        Weight("/etc/hosts", 10),
+    ]
+    figure = figures.weight_figure(weights, "an image")
+    texts = {text.get_text() for text in figure.axes[0].texts}
+    assert "heavy.so\n90.0" in texts
+    assert any(text.startswith("/usr/lib/x  90.5 MiB") for text in texts)
+    assert "90.5 MiB in" in figures.describe_weights(weights)
