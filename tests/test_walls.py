@@ -172,13 +172,13 @@ for name in os.listdir('/proc/self/fd'):
 @pytest.mark.parametrize("options", [{}, EVERYTHING_ALLOWED], ids=["as it is", "all capabilities"])
 def test_no_way_out_of_the_root(way: str, options: dict[str, Any], host_file: Path) -> None:
     program = f"""
-there = lambda: os.path.exists({str(host_file)!r}) or os.path.exists('.' + {str(host_file)!r})
-before = there()
+def place(path): return [os.stat(path).st_dev, os.stat(path).st_ino]
+before = place('/')
 {ESCAPES[way]}
-result = [before, there(), attempt(os.stat, 'etc/hostname'), os.path.exists('boot'), os.path.exists('root/.bashrc')]
+for _ in range(64): os.chdir('..')
+result = [before == place('.'), os.path.exists({str(host_file)!r}) or os.path.exists('.' + {str(host_file)!r})]
 """
-    before, after, *_ = inside(program, **options)
-    assert (before, after) == (False, False)
+    assert inside(program, **options) == [True, False]
     assert host_file.exists()
 
 
