@@ -11,9 +11,12 @@ in_child(hostname)          # the notebook's own kernel is still where it was
 from __future__ import annotations
 
 import atexit
+import codecs
 import os
 import pickle
+import secrets
 import selectors
+import shutil
 import socket
 import subprocess
 import sys
@@ -46,15 +49,27 @@ class Launcher:
     """A connection to a launcher process, which is started with it and ends with it."""
 
     def __init__(self, join: int | None = None) -> None:
+        self.join = join
+        scope = _delegated_scope()
+        try:
+            self._start(scope)
+        except LauncherDied:
+            if not scope:
+                raise
+            self._start(
+                []
+            )  # systemd did not give us a group; the launcher's facts tell that limits are missing
+
+    def _start(self, scope: list[str]) -> None:
+        join = self.join
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control = ours
         self._lock = threading.Lock()
-        self.join = join
         start = (
             f"import sys; sys.path[:] = {sys.path!r}\n"
             f"from labkernel.launcher import main; main({theirs.fileno()}, {join})"
         )
-        command = [*_delegated_scope(), sys.executable, "-S", "-c", start]
+        command = [*scope, sys.executable, "-S", "-c", start]
         with theirs:
             self.process = subprocess.Popen(
                 command, pass_fds=[theirs.fileno()], start_new_session=True,
@@ -77,8 +92,11 @@ class Launcher:
         return Channel(ours)
 
     def alive(self) -> bool:
-        """Whether the launcher process still runs."""
-        return self.process.poll() is None
+        """Whether the launcher process still runs; a dead one's connection is closed."""
+        if self.process.poll() is None:
+            return True
+        self._control.close()
+        return False
 
     def close(self, timeout: float = 30.0) -> None:
         """Let the launcher end what it runs and tidy up, and wait for it (at most `timeout` seconds)."""
@@ -142,6 +160,9 @@ class Child:
         self._channel = channel
         self._streams = {stdout: sys.stdout, stderr: sys.stderr}
         self._result = result
+        self._decoders = {
+            stream: codecs.getincrementaldecoder("utf-8")("replace") for stream in self._streams
+        }
         self.pid: int = channel.answer(STARTED_WITHIN)["pid"]
         """The child's pid in our pid namespace."""
 
@@ -208,7 +229,7 @@ class Child:
                         raw += data
                     else:
                         target = self._streams[key.fileobj]  # type: ignore[index]
-                        target.write(data.decode(errors="replace"))
+                        target.write(self._decoders[key.fileobj].decode(data))  # type: ignore[index]
                         target.flush()
         return bytes(raw), status
 
@@ -304,5 +325,13 @@ def _where_launchers_complain() -> int | IO[bytes]:
 
 
 def _delegated_scope() -> list[str]:
-    """How to start the launcher in a cgroup of its own, where systemd hands them out (v2 only)."""
-    return []
+    """How to start the launcher in a control group of its own, where systemd hands them out (v2 only).
+
+    Source: https://systemd.io/CGROUP_DELEGATION/
+    """
+    unified = os.path.exists("/sys/fs/cgroup/cgroup.controllers")
+    if not (unified and os.path.isdir("/run/systemd/system") and shutil.which("systemd-run")):
+        return []
+    user = ["--user"] if os.geteuid() else []
+    unit = f"--unit=labkernel-{secrets.token_hex(6)}.scope"
+    return ["systemd-run", *user, "--scope", "--quiet", "--collect", "--property=Delegate=yes", unit, "--"]

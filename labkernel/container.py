@@ -20,6 +20,7 @@ from typing import Any, Self
 
 from labkernel import children, spec, state
 from labkernel.children import Channel
+from labkernel.linux import cgroups
 from labkernel.linux.cgroups import Cgroup, Limits, Stats
 from labkernel.spec import BadOption, Process, Spec, Volume
 
@@ -28,6 +29,8 @@ DEFAULT_LIMITS = {"memory": "512M", "cpus": 1.0, "pids_limit": 256}
 """What a container may use where nothing else is said: no wall is left out by forgetting it."""
 
 NOFILE = 1024
+
+cgroup_at = cgroups.at
 
 
 class ContainerError(OSError):
@@ -108,9 +111,10 @@ class Container:
         limits = spec.make_limits(**(_defaults(asked) | asked))
         identity = secrets.token_hex(6)
         self.name = _checked_name(name) if name else identity
-        command = tuple(command)
-        if not command or not all(isinstance(word, str) and "\0" not in word for word in command):
-            raise BadOption(f"command {command!r}: give the program and its arguments as a list of texts")
+        command = _checked_command(command)
+        environment = _checked_environment(env or {})
+        if not workdir.startswith("/") or "\0" in workdir:
+            raise BadOption(f"--workdir {workdir!r}: give an absolute path inside")
         kinds = frozenset(namespaces)
         if not {"mnt", "pid"} <= kinds <= set(spec.NAMESPACES):
             raise BadOption(
@@ -120,7 +124,7 @@ class Container:
             raise BadOption(f"--network {network!r}: choose one of {', '.join(spec.NETWORKS)}")
         process = Process(
             command=command,
-            environment={"PATH": spec.PATH, "HOME": "/root", "HOSTNAME": hostname or identity, **(env or {})},
+            environment={"PATH": spec.PATH, "HOME": "/root", "HOSTNAME": hostname or identity, **environment},
             workdir=workdir,
             user=user,
             tty=tty,
@@ -184,6 +188,7 @@ class Container:
             self._until_ready()
         except BaseException:
             self._channel.close()
+            self._ended = self._ended or {"status": 125, "stats": None}
             raise
         return self
 
@@ -218,7 +223,12 @@ class Container:
         if self._ended is None:
             if self._channel is None:
                 raise RuntimeError("this container has not been started")
-            self._ended = self._channel.answer(timeout)
+            try:
+                self._ended = self._channel.answer(timeout)
+            except children.LauncherDied:  # and the container with it
+                self._channel.close()
+                self._ended = {"status": 128 + signal.SIGKILL, "stats": None}
+                raise
             self._channel.close()
         return int(self._ended["status"])
 
@@ -235,6 +245,9 @@ class Container:
         if self.pid and self._ended is None and self._channel:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
+            if self._cgroup:
+                with contextlib.suppress(OSError):
+                    self._cgroup.thaw()  # frozen processes of cgroup v1 do not even die
             with contextlib.suppress(children.LauncherDied):
                 return self.wait(children.STARTED_WITHIN)
         return int(self._ended["status"]) if self._ended else 128 + signal.SIGKILL
@@ -253,6 +266,8 @@ class Container:
             self.wait(0)
         except (TimeoutError, BlockingIOError):
             return True
+        except children.LauncherDied:
+            return False
         return False
 
     def pause(self) -> None:
@@ -272,9 +287,9 @@ class Container:
         """Run one more program inside, behind the same walls, and wait for its end. Raises as `run` does."""
         process = replace(
             self.spec.process,
-            command=tuple(command),
+            command=_checked_command(command),
             tty=False,
-            environment={**self.spec.process.environment, **(env or {})},
+            environment={**self.spec.process.environment, **_checked_environment(env or {})},
             user=self.spec.process.user if user is None else user,
             workdir=self.spec.process.workdir if workdir is None else workdir,
         )
@@ -424,15 +439,33 @@ def _opened(fd: int, flags: int, closing: contextlib.ExitStack) -> int:
     return null
 
 
+def _checked_command(command: Sequence[str]) -> tuple[str, ...]:
+    words = () if isinstance(command, str | bytes) else tuple(command)
+    if not words or not words[0] or not all(isinstance(word, str) and "\0" not in word for word in words):
+        raise BadOption(f"command {command!r}: give the program and its arguments as a list of texts")
+    return words
+
+
+def _checked_environment(env: Mapping[str, str]) -> dict[str, str]:
+    for name, value in env.items():
+        texts = isinstance(name, str) and isinstance(value, str) and name
+        if not texts or "=" in name or "\0" in name + value:
+            raise BadOption(
+                f"--env {name!r}={value!r}: give texts; a name has no '=' in it, and neither has a zero byte"
+            )
+    return dict(env)
+
+
 def _checked_name(name: str) -> str:
     import re
 
     if not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}", name):
         raise BadOption(f"--name {name!r}: use letters, digits, and _ . - (at most 63 characters)")
-    if any(record["name"] == name for record in state.records()):
-        raise BadOption(
-            f"--name {name!r}: there is a container of that name already; labkernel rm {name} removes it"
-        )
+    with contextlib.suppress(state.NoSuchContainer):
+        if state.find(name)["name"] == name:
+            raise BadOption(
+                f"--name {name!r}: there is a container of that name already; labkernel rm {name} removes it"
+            )
     return name
 
 
@@ -442,18 +475,6 @@ def _checked_hostname(name: str) -> str:
     if not re.fullmatch(r"[a-zA-Z0-9]([a-zA-Z0-9.-]{0,61}[a-zA-Z0-9])?", name):
         raise BadOption(f"--hostname {name!r}: use letters, digits, dots and hyphens (at most 63 characters)")
     return name
-
-
-def cgroup_at(paths: Mapping[str, str] | None) -> Cgroup | None:
-    """The control group whose directories a container's record names."""
-    if not paths:
-        return None
-    from pathlib import Path
-
-    from labkernel.linux.cgroup_v1 import CgroupV1
-    from labkernel.linux.cgroup_v2 import CgroupV2
-
-    return CgroupV2(Path(paths[""])) if "" in paths else CgroupV1(dict(paths))
 
 
 def _check_publish(texts: Iterable[str]) -> None:
@@ -482,7 +503,12 @@ def _program(profile: str, kept: frozenset[int]) -> bytes | None:
         return None
     from labkernel.linux import seccomp
 
-    return seccomp.compiled(profile, kept)
+    try:
+        return seccomp.compiled(profile, kept)
+    except FileNotFoundError as error:
+        raise BadOption(
+            f"--security-opt seccomp={profile}: {error.strerror}; give unconfined, or a profile's path"
+        ) from None
 
 
 def _rootfs(image: str) -> str:

@@ -12,6 +12,7 @@ import socket
 from typing import Any, NoReturn
 
 from labkernel import walls
+from labkernel.launcher import fork
 from labkernel.linux import namespaces, syscalls
 
 ANSWERS_WITHIN = 60.0
@@ -23,11 +24,7 @@ class Helper:
 
     def __init__(self) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._pid, self._pidfd = syscalls.clone3(0)
-        if self._pid == 0:
-            walls.keep_only((theirs.fileno(),))
-            syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
-            _serve(theirs)
+        self._pid, self._pidfd = fork(lambda: _serve(theirs))
         theirs.close()
         self._socket.settimeout(ANSWERS_WITHIN)
 
@@ -59,6 +56,8 @@ class Helper:
 
 def _serve(asked: socket.socket) -> NoReturn:
     """In the helper process: make the network, then do what is asked until the launcher is gone."""
+    walls.keep_only((asked.fileno(),))
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     network: Any = None
     while True:
         data, fds, _, _ = socket.recv_fds(asked, 4096, 1)

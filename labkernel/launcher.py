@@ -18,20 +18,17 @@ import json
 import os
 import pickle
 import select
-import shutil
 import signal
 import socket
 import sys
 import time
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, NoReturn
 
 import cloudpickle
 
-from labkernel import relay, state, walls
-from labkernel.container import cgroup_at
+from labkernel import cleanup, state, walls
 from labkernel.linux import cgroups, mounts, namespaces, syscalls, users
 from labkernel.spec import Prepared, Process, Spec, Volume
 
@@ -47,43 +44,65 @@ class Child:
     channel: socket.socket
     at_end: Callable[[int], Message]
     """Given the wait status: tidies up, and makes the last message."""
+    killers: list[Callable[[], None]]
     keep_after_hangup: bool = False
-    killers: list[Callable[[], None]] = field(default_factory=list)
+
+
+@dataclass
+class Running:
+    """A container that runs: what `at_end` needs to take it down."""
+
+    spec: Spec
+    record: Message
+    group: cgroups.Cgroup | None
+    relay: tuple[int, int] | None = None
+    """pid and pidfd of the process that carries its published ports."""
+    undo: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
 
 class Launcher:
     """State and loop of the launcher process."""
 
-    def __init__(self, control: socket.socket, join: int | None = None) -> None:
-        self.control = control
-        self.id_maps = _enter_user_namespace(join)
+    def __init__(self, control: socket.socket, no_containers: str = "") -> None:
+        self.control: socket.socket | None = control
+        self.no_containers = no_containers
+        self.id_maps = users.own_map()
+        if self.id_maps and os.geteuid() == 0:
+            _own_mounts()
         self.parent, self.no_cgroup = _cgroup_parent()
         self.poll = select.epoll()
-        self.children: dict[int, Child] = {}  # by pidfd and by the channel's descriptor
+        self.children: dict[int, Child] = {}  # by pidfd, and by the channel's descriptor
         self.detached = False
         self.network_helper: Any = None
         self.poll.register(control, select.EPOLLIN)
+        self.wakeup, signal_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self.poll.register(self.wakeup, select.EPOLLIN)
+        signal.set_wakeup_fd(signal_end, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 
     def run(self) -> None:
         """Serve until the control socket closes and, if told to detach, the last container has ended."""
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         try:
-            while not self.control._closed or (self.detached and self.children):  # type: ignore[attr-defined]
+            while self.control or (self.detached and self.children):
                 for fd, _ in self.poll.poll():
                     if fd in self.children:
                         self._child_event(fd)
-                    elif not self.control._closed and fd == self.control.fileno():  # type: ignore[attr-defined]
-                        self._control_event()
+                    elif self.control and fd == self.control.fileno():
+                        self._control_event(self.control)
+                    elif fd == self.wakeup:
+                        with contextlib.suppress(BlockingIOError):
+                            os.read(self.wakeup, 4096)
+                self._reap_adopted()
         finally:
             self._kill_everything()
 
-    def _control_event(self) -> None:
-        data, fds, _, _ = socket.recv_fds(self.control, 1 << 16, 64)
+    def _control_event(self, control: socket.socket) -> None:
+        data, fds, _, _ = socket.recv_fds(control, 1 << 16, 64)
         if not data:
-            self.poll.unregister(self.control)
-            self.control.close()
-            if not self.detached:
-                raise SystemExit(0)
+            self.poll.unregister(control)
+            control.close()
+            self.control = None
             return
         for fd in fds:
             os.set_inheritable(fd, False)
@@ -100,12 +119,11 @@ class Launcher:
 
     def _child_event(self, fd: int) -> None:
         child = self.children[fd]
-        if fd == child.channel.fileno() and fd != child.pidfd:  # the asker hung up
+        if fd != child.pidfd:  # the asker hung up
             self.poll.unregister(fd)
             del self.children[fd]
             if not child.keep_after_hangup:
-                for killer in child.killers:
-                    killer()
+                _run_all(child.killers)
             return
         _, status = os.waitpid(child.pid, 0)
         self.poll.unregister(child.pidfd)
@@ -121,22 +139,32 @@ class Launcher:
         os.close(child.pidfd)
 
     def _watch(self, child: Child) -> None:
-        child.killers.append(lambda: _kill(child.pidfd))
         for fd in (child.pidfd, child.channel.fileno()):
             self.children[fd] = child
         self.poll.register(child.pidfd, select.EPOLLIN)
         self.poll.register(child.channel, 0)  # 0: only hang-ups
 
+    def _reap_adopted(self) -> None:
+        """Reap orphans that came to us as their subreaper: a pid namespace ends only when all of it is reaped."""
+        ours = {child.pid for child in self.children.values()}
+        with contextlib.suppress(ChildProcessError):
+            while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                if ended.si_pid in ours:
+                    return  # its pidfd tells in a moment, and then we come here again
+                os.waitpid(ended.si_pid, 0)
+
     # ------------------------------------------------------------------ requests
 
     def do_facts(self, _: Message, channel: socket.socket, __: list[int]) -> None:
         """Tell what this launcher has to work with: the doctor's question."""
+        maps = users.container_map(self.id_maps)
         facts = {
             "id_maps": [asdict(entry) for entry in self.id_maps],
-            "container_map": asdict(users.container_map(self.id_maps)),
+            "container_map": asdict(maps[0]) | {"count": sum(entry.count for entry in maps)},
             "cgroup_version": self.parent.version if self.parent else None,
             "controllers": sorted(self.parent.controllers) if self.parent else [],
             "no_cgroup": self.no_cgroup,
+            "no_containers": self.no_containers,
         }
         _send(channel, facts)
         channel.close()
@@ -144,101 +172,103 @@ class Launcher:
     def do_child(self, _: Message, channel: socket.socket, fds: list[int]) -> None:
         """Run a pickled function in a plain child."""
         stdin, stdout, stderr, result, function = fds
-        pid, pidfd = syscalls.clone3(0)
-        if pid == 0:
+
+        def child() -> NoReturn:
             os.setpgid(0, 0)
-            walls.keep_only((stdin, stdout, stderr, result, function))
-            syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
+            walls.keep_only(fds)
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
             _run_function((stdin, stdout, stderr), result, _contents(function))
+
+        pid, pidfd = fork(child)
         _send(channel, {"pid": pid})
-        self._watch(
-            Child(pid, pidfd, channel, lambda status: {"status": status}, killers=[lambda: _kill_group(pid)])
-        )
+        killers = [lambda: _kill_group(pid), lambda: _kill(pidfd)]
+        self._watch(Child(pid, pidfd, channel, lambda status: {"status": status}, killers))
 
     def do_container(self, request: Message, channel: socket.socket, fds: list[int]) -> None:
         """Start a container from its specification."""
         spec: Spec = request["spec"]
+        if self.no_containers and "user" in spec.namespaces:
+            raise PermissionError(errno.EPERM, self.no_containers)
         record = {
             "id": spec.id, "name": spec.name, "state": "created", "created": time.time(), "image": request["image"],
             "command": list(spec.process.command), "launcher": asdict(state.ProcessKey.of(os.getpid())),
             "publish": list(spec.publish), "remove": spec.remove, "network": spec.network,
             "process": request["process_defaults"], "namespaces": sorted(spec.namespaces),
         }  # fmt: skip
-        undo = contextlib.ExitStack()
-        with undo:
-            directory = spec.directory
-            directory.mkdir(parents=True)
-            undo.callback(shutil.rmtree, directory, ignore_errors=True)
-            state.write_record(directory, record)  # before anything that it names
-            listeners = [
-                (relay.parse_publish(text), undo.enter_context(_listen(text))) for text in spec.publish
-            ]
+        with contextlib.ExitStack() as undo, contextlib.ExitStack() as closing:
+            with _explained_home():
+                spec.directory.mkdir(parents=True)
+                undo.callback(cleanup.remove_tree, str(spec.directory))
+                state.take_name(spec.name, spec.id)
+                undo.callback(state.free_name, spec.name, spec.id)
+                state.write_record(spec.directory, record)  # before anything that it names
+            listeners = _listeners(spec, closing)
             group = self._make_cgroup(spec, undo)
             record |= {
-                "cgroup": group.paths if group else None,
+                "cgroup": group.places if group else None,
                 "limits": spec.limits.given() if group else {},
             }
-            id_map = users.container_map(self.id_maps) if "user" in spec.namespaces else None
-            with contextlib.ExitStack() as closing:
-                if request["logged"]:
-                    log = os.open(
-                        directory / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600
-                    )
-                    closing.callback(os.close, log)
-                    fds = [log if number in request["logged"] else fd for number, fd in enumerate(fds)]
-                given = self._prepare(spec, directory, id_map, group, channel, fds, closing)
-                pid, pidfd, go = self._clone(spec, given, group)
+            running = Running(spec, record, group)
+            id_maps = users.container_map(self.id_maps) if "user" in spec.namespaces else ()
+            with _explained_home():
+                given = _prepare(spec, id_maps, group, request["logged"], channel, fds, closing)
+            pid, pidfd = _clone(spec, given, group)
+            undo.callback(_end_now, pid, pidfd)
             record |= {"state": "running", "init": asdict(state.ProcessKey.of(pid)), "pid": pid}
-            try:
-                if id_map:
-                    users.write_maps(pid, (id_map,))
-                relays = [_start_relay(listeners, pid)] if listeners else []
-                if spec.network == "bridge":
-                    self._network().attach(pid, spec.id, spec.name)
-                state.write_record(directory, record)
-                os.write(go, b"g")
-            except BaseException:
-                _kill(pidfd)
-                os.waitpid(pid, 0)
-                raise
-            finally:
-                os.close(go)
+            if id_maps:
+                users.write_maps(pid, id_maps)
+            if listeners:
+                running.relay = _start_relay(listeners, pid)
+                undo.callback(_end_now, *running.relay)
+            if spec.network == "bridge":
+                self._network().attach(pid, spec.id, spec.name)
+            with _explained_home():
+                state.write_record(spec.directory, record)
+            killers = [lambda: _kill(pidfd), *([lambda: _thaw(group)] if group else [])]
+            _send(channel, {"pid": pid, "cgroup": record["cgroup"]})
+            os.write(given.go_write, b"g")
             undo.pop_all()
-        for _, listener in listeners:
-            listener.close()
         self.detached = self.detached or spec.detach
-
-        def at_end(status: int) -> Message:
-            return self._container_ended(spec, record, group, relays, status)
-
-        _send(channel, {"pid": pid, "cgroup": record["cgroup"]})
-        self._watch(Child(pid, pidfd, channel, at_end, keep_after_hangup=spec.detach))
+        self._watch(
+            Child(pid, pidfd, channel, lambda status: self._ended(running, status), killers, spec.detach)
+        )
 
     def do_exec(self, request: Message, channel: socket.socket, fds: list[int]) -> None:
         """Run one more program in a container that runs."""
         record, process = request["record"], request["process"]
-        pid, pidfd = syscalls.clone3(0)
-        if pid == 0:
-            walls.keep_only((channel.fileno(), *fds))
-            syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
+        go_read, go_write = os.pipe()
+
+        def child() -> NoReturn:
+            walls.keep_only((channel.fileno(), go_read, *fds))
+            os.read(go_read, 1)
             _enter_and_run(record, process, channel, (fds[0], fds[1], fds[2]))
-        _send(channel, {"pid": pid})
-        self._watch(Child(pid, pidfd, channel, lambda status: {"status": walls.exit_status(status)}))
+
+        try:
+            pid, pidfd = fork(child)
+            _send(channel, {"pid": pid})
+            os.write(go_write, b"g")
+        finally:
+            os.close(go_read)
+            os.close(go_write)
+        status_of = walls.exit_status
+        self._watch(
+            Child(pid, pidfd, channel, lambda status: {"status": status_of(status)}, [lambda: _kill(pidfd)])
+        )
 
     def do_clean(self, _: Message, channel: socket.socket, __: list[int]) -> None:
         """Remove what launchers that were killed have left behind."""
-        _send(channel, {"removed": clean(self.parent)})
+        _send(channel, {"removed": cleanup.clean(self.parent)})
         channel.close()
 
     def do_remove(self, request: Message, channel: socket.socket, __: list[int]) -> None:
         """Remove a container that has ended: its writable layer, log and record."""
-        _send(channel, {"removed": _remove_leftovers(request["record"], self.parent)})
+        _send(channel, {"removed": cleanup.remove_leftovers(request["record"], self.parent)})
         channel.close()
 
-    # ------------------------------------------------------------------ parts of a container's start
+    # ------------------------------------------------------------------ parts of a container's life
 
     def _make_cgroup(self, spec: Spec, undo: contextlib.ExitStack) -> cgroups.Cgroup | None:
-        """The container's group with its limits set; None only where no limit was asked for and none can be had."""
+        """The container's group, limits set; None only where no limit was asked for and none can be had."""
         missing = self.parent.missing(spec.limits) if self.parent else list(spec.limits.given())
         if missing and spec.limits_required:
             raise cgroups.CgroupUnavailable(
@@ -254,68 +284,27 @@ class Launcher:
             group.set(spec.limits)
         return group
 
-    def _prepare(
-        self, spec: Spec, directory: Any, id_map: users.IdMap | None, group: cgroups.Cgroup | None,
-        channel: socket.socket, fds: list[int], closing: contextlib.ExitStack,
-    ) -> Prepared:  # fmt: skip
-        """Open what the child needs; it could not walk there itself, our directories are closed to its ids."""
-
-        owner = id_map.outside if id_map else 0
-        for name in ("upper", "work", "upper/etc"):
-            os.mkdir(f"{directory}/{name}")
-            os.chown(f"{directory}/{name}", owner, owner)
-        hosts = f"127.0.0.1 localhost\n::1 localhost\n127.0.1.1 {spec.hostname}\n"
-        for name, text in (("hostname", f"{spec.hostname}\n"), ("hosts", hosts)):
-            with open(f"{directory}/upper/etc/{name}", "w", encoding="ascii") as file:
-                file.write(text)
-            os.chown(f"{directory}/upper/etc/{name}", owner, owner)
-        trees = [_tree(path, closing) for path in (spec.rootfs, str(directory))]
-        volumes = tuple(_volume_tree(volume, id_map, closing) for volume in spec.volumes)
-        ready, go = os.pipe()
-        closing.callback(os.close, ready)
-        self._go = go
-        doors = group.door_fds() if group else ()
-        for fd in doors:
-            closing.callback(os.close, fd)
-        return Prepared(
-            id_map, channel.fileno(), ready, trees[0], trees[1], doors, volumes, (fds[0], fds[1], fds[2])
-        )  # fmt: skip
-
-    def _clone(self, spec: Spec, given: Prepared, group: cgroups.Cgroup | None) -> tuple[int, int, int]:
-        """The child, in all its namespaces but the cgroup's (it takes that one itself, once it is in its group)."""
-        flags = namespaces.flags(spec.namespaces - {"cgroup"})
-        into = group.into_fd if group else None
-        try:
-            pid, pidfd = syscalls.clone3(flags, into)
-        finally:
-            if into is not None:
-                os.close(into)
-        if pid == 0:
-            walls.put_up(spec, given)
-        return pid, pidfd, self._go
-
-    def _container_ended(
-        self, spec: Spec, record: Message, group: cgroups.Cgroup | None, relays: list[Child], status: int
-    ) -> Message:
+    def _ended(self, running: Running, status: int) -> Message:
         """Remove what the container was made of, and say how it ended and what it used."""
-        for one in relays:
-            _kill(one.pidfd)
-            os.waitpid(one.pid, 0)
-            os.close(one.pidfd)
+        spec, group = running.spec, running.group
+        if running.relay:
+            _end_now(*running.relay)
+            os.close(running.relay[1])
         if spec.network == "bridge" and self.network_helper:
-            self.network_helper.detach(spec.id)
+            with contextlib.suppress(OSError):
+                self.network_helper.detach(spec.id)
         message: Message = {"status": walls.exit_status(status), "stats": group.stats() if group else None}
         if group:
-            if (
-                group.pids()
-            ):  # all died with their pid 1; only a process that was sent in from outside may be left
+            if group.pids():  # all died with their pid 1; only what was sent in from outside may be left
                 group.kill()
             group.remove()
         if spec.remove:
-            remove_tree(str(spec.directory))
+            state.free_name(spec.name, spec.id)
+            cleanup.remove_tree(str(spec.directory))
         else:
-            state.write_record(spec.directory, record | {"state": "exited", "exit_code": message["status"]})
-            shutil.rmtree(spec.directory / "work", ignore_errors=True)
+            record = running.record | {"state": "exited", "exit_code": message["status"]}
+            state.write_record(spec.directory, record)
+            cleanup.remove_tree(str(spec.directory / "work"))
         return message
 
     def _network(self) -> Any:
@@ -328,18 +317,41 @@ class Launcher:
 
     def _kill_everything(self) -> None:
         """The end: kill all children, tidy up after each, and after orphans that they left to us."""
-        for child in set(map(id, self.children.values())):
-            one = next(c for c in self.children.values() if id(c) == child)
-            for killer in one.killers:
-                killer()
+        for fd, child in list(self.children.items()):
+            if fd == child.pidfd:
+                _run_all(child.killers)
         while pidfds := [fd for fd, child in self.children.items() if fd == child.pidfd]:
-            self._child_event(pidfds[0])
+            for fd, _ in self.poll.poll(1.0):
+                if fd in pidfds:
+                    self._child_event(fd)
+            self._reap_adopted()
         if self.network_helper:
             self.network_helper.close()
-        end_session(os.getpid())
+        cleanup.end_session(os.getpid())
 
 
 # ---------------------------------------------------------------------- in children
+
+
+def fork(child: Callable[[], NoReturn], flags: int = 0, into: int | None = None) -> tuple[int, int]:
+    """clone3 a child that runs `child` and nothing else of us, whatever happens in it; its pid and pidfd.
+
+    It begins with all signals blocked, so that none finds it half made, and dies with the launcher.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        pid, pidfd = syscalls.clone3(flags, into)
+        if pid:
+            return pid, pidfd
+        try:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
+            child()
+        finally:
+            os._exit(walls.SET_UP_FAILED)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _run_function(stdio: tuple[int, int, int], result: int, pickled: bytes) -> NoReturn:
@@ -378,46 +390,142 @@ def _enter_and_run(
         init = state.ProcessKey(**record["init"])
         if not init.alive():
             raise ProcessLookupError(errno.ESRCH, f"container {record['name']} does not run any more")
-        # The pid namespace holds for children only, so the program is started in a child.
-        group = cgroup_at(record["cgroup"])
+        group = cgroups.at(record["cgroup"])
         doors = group.door_fds() if group else ()
         into = group.into_fd if group else None
         namespaces.enter(init.pid, record["namespaces"])
-        pid, _ = syscalls.clone3(0, into)
-        if pid == 0:
+
+        def inside() -> NoReturn:
             for fd in doors:
                 os.write(fd, b"0")
             walls.become(0, 0)
             syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
             walls.start_program(process, stdio, channel.fileno())
-    except OSError as error:
+
+        pid, _ = fork(inside, into=into)  # the pid namespace that we entered holds for children only
+    except Exception as error:
         walls.tell_failure(channel.fileno(), error)
     walls.keep_only(())
     _, status = os.waitpid(pid, 0)
     os._exit(walls.exit_status(status))
 
 
-# ---------------------------------------------------------------------- helpers
+# ---------------------------------------------------------------------- what a container needs before its start
 
 
-def _enter_user_namespace(join: int | None) -> tuple[users.IdMap, ...]:
-    """An ordinary user's launcher works in a user namespace in which it is root; a later one can join an earlier's."""
-    if os.geteuid() == 0:
-        return ()
-    if join is not None and not namespaces.shared("self", join)["user"]:
-        with namespaces.opened(join, "user") as fd:
-            syscalls.setns(fd, syscalls.CLONE_NEWUSER)
-        with open("/proc/self/uid_map", encoding="ascii") as file:
-            lines = [line.split() for line in file]
-        walls.become(0, 0)
-        _own_mounts()
-        return tuple(users.IdMap(int(a), int(b), int(c)) for a, b, c in lines)
+def _listeners(spec: Spec, closing: contextlib.ExitStack) -> list[tuple[Any, socket.socket]]:
+    """The sockets of the published ports, made here: a socket belongs to the network in which it was made."""
+    if not spec.publish:
+        return []
+    from labkernel import relay
+
+    published = [relay.parse_publish(text) for text in spec.publish]
+    return [(one, closing.enter_context(relay.listen(one))) for one in published]
+
+
+def _prepare(
+    spec: Spec, id_maps: tuple[users.IdMap, ...], group: cgroups.Cgroup | None, logged: list[int],
+    channel: socket.socket, fds: list[int], closing: contextlib.ExitStack,
+) -> Prepared:  # fmt: skip
+    """Open what the child needs; it could not walk there itself, our directories are closed to its ids."""
+    owner = id_maps[0].outside if id_maps else 0
+    directory = str(spec.directory)
+    for name in ("upper", "work", "upper/etc"):
+        os.mkdir(f"{directory}/{name}")
+        os.chown(f"{directory}/{name}", owner, owner)
+    hosts = f"127.0.0.1 localhost\n::1 localhost\n127.0.1.1 {spec.hostname}\n"
+    for name, text in (("hostname", f"{spec.hostname}\n"), ("hosts", hosts)):
+        fd = os.open(f"{directory}/upper/etc/{name}", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        os.write(fd, text.encode())
+        os.fchown(fd, owner, owner)
+        os.close(fd)
+
+    def opened(fd: int) -> int:
+        closing.callback(os.close, fd)
+        return fd
+
+    rootfs = opened(syscalls.open_tree(spec.rootfs, syscalls.OPEN_TREE_CLONE))
+    writable = opened(syscalls.open_tree(directory, syscalls.OPEN_TREE_CLONE))
+    volumes = tuple(opened(_volume_tree(volume, id_maps)) for volume in spec.volumes)
+    if logged:  # opened by way of the copied mount: /proc/self/fd/1 then says "/log", and no path of the host
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        log = opened(os.open("log", flags, 0o600, dir_fd=writable))
+        fds = [log if number in logged else fd for number, fd in enumerate(fds)]
+    go_read, go_write = (opened(fd) for fd in os.pipe())
+    doors = tuple(opened(fd) for fd in (group.door_fds() if group else ()))
+    stdio = (fds[0], fds[1], fds[2])
+    return Prepared(
+        bool(id_maps), channel.fileno(), go_read, go_write, rootfs, writable, doors, volumes, stdio
+    )
+
+
+def _clone(spec: Spec, given: Prepared, group: cgroups.Cgroup | None) -> tuple[int, int]:
+    """The child, in all its namespaces but the cgroup's (it takes that one itself, once it is in its group)."""
+    into = group.into_fd if group else None
     try:
-        id_maps = users.become_root_of_own_namespace()
-        _own_mounts()
-    except OSError:
-        return ()  # the doctor finds out why and says it; a plain child still works
-    return id_maps
+        return fork(lambda: walls.put_up(spec, given), namespaces.flags(spec.namespaces - {"cgroup"}), into)
+    finally:
+        if into is not None:
+            os.close(into)
+
+
+def _volume_tree(volume: Volume, id_maps: tuple[users.IdMap, ...]) -> int:
+    """A detached copy of the volume's mount, ready to be attached inside."""
+    tree = syscalls.open_tree(volume.source, syscalls.OPEN_TREE_CLONE)
+    attributes = syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV
+    syscalls.mount_setattr(
+        tree, attr_set=attributes | (syscalls.MOUNT_ATTR_RDONLY if volume.read_only else 0)
+    )
+    if id_maps and id_maps[0].outside:  # let files of the host's root be those of the container's root
+        with contextlib.suppress(OSError), _user_namespace(id_maps) as fd:
+            syscalls.mount_setattr(tree, attr_set=syscalls.MOUNT_ATTR_IDMAP, userns_fd=fd)
+    return tree
+
+
+@contextlib.contextmanager
+def _user_namespace(id_maps: tuple[users.IdMap, ...]) -> Iterator[int]:
+    """A descriptor of a user namespace with this map, made by a child that only lives until it is opened."""
+
+    def wait() -> NoReturn:
+        while True:
+            signal.sigwait({signal.SIGTERM})
+
+    pid, pidfd = fork(wait, syscalls.CLONE_NEWUSER)
+    try:
+        users.write_maps(pid, id_maps)
+        with namespaces.opened(pid, "user") as fd:
+            yield fd
+    finally:
+        _end_now(pid, pidfd)
+        os.close(pidfd)
+
+
+def _start_relay(listeners: list[tuple[Any, socket.socket]], container_pid: int) -> tuple[int, int]:
+    """The process that carries connections from the published ports into the container."""
+    from labkernel import relay
+
+    def carry() -> NoReturn:
+        walls.keep_only(listener.fileno() for _, listener in listeners)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        relay.serve(listeners, container_pid)
+        os._exit(0)
+
+    return fork(carry)
+
+
+@contextlib.contextmanager
+def _explained_home() -> Iterator[None]:
+    """Let an error in the lab's own directory say where that is: a full disk has many directories."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            where = f"{os.strerror(error.errno)}, while the container's files were made below {state.home()}"
+            raise type(error)(error.errno, f"{where} (LABKERNEL_HOME names another place)") from None
+        raise
+
+
+# ---------------------------------------------------------------------- helpers
 
 
 def _own_mounts() -> None:
@@ -431,62 +539,6 @@ def _cgroup_parent() -> tuple[cgroups.CgroupParent | None, str]:
         return cgroups.parent(), ""
     except OSError as error:
         return None, error.strerror or str(error)
-
-
-def _tree(path: str, closing: contextlib.ExitStack) -> int:
-    """A detached copy of the mount at `path`: a bind mount that waits to be attached somewhere."""
-    tree = syscalls.open_tree(path, syscalls.OPEN_TREE_CLONE)
-    closing.callback(os.close, tree)
-    return tree
-
-
-def _volume_tree(volume: Volume, id_map: users.IdMap | None, closing: contextlib.ExitStack) -> int:
-    """A detached copy of the volume's mount, ready to be attached inside."""
-    tree = _tree(volume.source, closing)
-    attributes = syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV
-    syscalls.mount_setattr(
-        tree, attr_set=attributes | (syscalls.MOUNT_ATTR_RDONLY if volume.read_only else 0)
-    )
-    if (
-        id_map and id_map.outside
-    ):  # root's container: let files of the host's root be those of the container's root
-        with contextlib.suppress(OSError), _user_namespace(id_map) as fd:
-            syscalls.mount_setattr(tree, attr_set=syscalls.MOUNT_ATTR_IDMAP, userns_fd=fd)
-    return tree
-
-
-@contextlib.contextmanager
-def _user_namespace(id_map: users.IdMap) -> Any:
-    """A descriptor of a user namespace with this map, made by a child that only lives until it is opened."""
-    pid, pidfd = syscalls.clone3(syscalls.CLONE_NEWUSER)
-    if pid == 0:
-        signal.pause()
-        os._exit(0)
-    try:
-        users.write_maps(pid, (id_map,))
-        with namespaces.opened(pid, "user") as fd:
-            yield fd
-    finally:
-        _kill(pidfd)
-        os.waitpid(pid, 0)
-        os.close(pidfd)
-
-
-def _listen(publish: str) -> socket.socket:
-    return relay.listen(relay.parse_publish(publish))
-
-
-def _start_relay(listeners: list[tuple[Any, socket.socket]], container_pid: int) -> Child:
-    """The process that carries connections from the published ports into the container."""
-    pid, pidfd = syscalls.clone3(0)
-    if pid == 0:
-        walls.keep_only(listener.fileno() for _, listener in listeners)
-        syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
-        try:
-            relay.serve(listeners, container_pid)
-        finally:
-            os._exit(0)
-    return Child(pid, pidfd, socket.socket(), lambda status: {})
 
 
 def _send(channel: socket.socket, message: Message) -> None:
@@ -503,12 +555,19 @@ def _contents(fd: int) -> bytes:
 
 def _described(error: BaseException) -> Message:
     """An exception as a message: itself where it can be pickled, and its traceback in words."""
+    import traceback
+
     text = "".join(traceback.format_exception(error))
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
         return {"error": RuntimeError(f"{type(error).__name__}: {error}"), "traceback": text}
     return {"error": error, "traceback": text}
+
+
+def _run_all(actions: list[Callable[[], None]]) -> None:
+    for action in actions:
+        action()
 
 
 def _kill(pidfd: int) -> None:
@@ -521,106 +580,62 @@ def _kill_group(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
 
 
-def end_session(session: int) -> int:
-    """Kill every process of the launcher's session but the launcher; what it started cannot leave it unnoticed."""
-    killed = 0
-    for _ in range(100):
-        members = [
-            pid for pid in _pids() if pid not in (session, os.getpid()) and _session_of(pid) == session
-        ]
-        if not members:
-            break
-        for pid in members:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
-                killed += 1
-        with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
-        time.sleep(0.005)
-    return killed
+def _thaw(group: cgroups.Cgroup) -> None:
+    """A frozen process of cgroup v1 does not even die before it is thawed."""
+    with contextlib.suppress(OSError):
+        group.thaw()
 
 
-def _pids() -> list[int]:
-    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+def _end_now(pid: int, pidfd: int) -> None:
+    """Kill a child of ours that nobody watches, and reap it, unless `_reap_adopted` was quicker."""
+    _kill(pidfd)
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, 0)
 
 
-def _session_of(pid: int) -> int:
-    """A process's session; 0 when it has ended."""
+def _enter_user_namespace(control_fd: int, join: int | None) -> str:
+    """An ordinary user's launcher becomes root of a user namespace: of its own, or of an earlier launcher's.
+
+    It then executes itself anew, because who may look into a process is decided by the user namespace in which its
+    program was started (man 2 ptrace): the children would else belong to the host. Returns only where the machine
+    forbids it: then with the reason.
+    """
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
-    except OSError:
-        return 0
-    return 0 if fields[0] in (b"Z", b"X") else int(fields[3])
+        if join is None:
+            users.become_root_of_own_namespace()
+        else:
+            with namespaces.opened(join, "user") as fd:
+                syscalls.setns(fd, syscalls.CLONE_NEWUSER)
+            walls.become(0, 0)
+    except OSError as error:
+        needs = "an ordinary user's containers need user namespaces: labkernel doctor tells what to do"
+        return f"{error.strerror}; {needs}"
+    os.set_inheritable(control_fd, True)
+    os.execv(sys.executable, [sys.executable, "-S", "-c", start_text(control_fd)])
 
 
-def remove_tree(path: str) -> None:
-    """Remove a container's directory. Overlay leaves a work directory that its owner may not even list."""
-
-    def open_up(function: Any, where: str, _: object) -> None:
-        with contextlib.suppress(OSError):
-            os.chmod(os.path.dirname(where), 0o700)
-            os.chmod(where, 0o700)
-            function(where)
-
-    shutil.rmtree(path, onerror=open_up)
-
-
-def clean(parent: cgroups.CgroupParent | None) -> list[str]:
-    """Finish what launchers that were killed could not: processes, cgroups, directories. Returns what was removed."""
-    removed = []
-    for path in sorted(state.launchers().glob("*.json")) if state.launchers().is_dir() else ():
-        try:
-            key = state.ProcessKey(**json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError):
-            key = None
-        if key and key.alive():
-            continue
-        if key and key.boot == state.boot_id() and (killed := end_session(key.pid)):
-            removed.append(f"{killed} processes of launcher {key.pid}")
-        path.unlink(missing_ok=True)
-        removed.append(f"the record of launcher {path.stem}")
-    for record in state.records():
-        if record["state"] == "dead":
-            removed += _remove_leftovers(record, parent)
-    if state.containers().is_dir():  # a directory without a record: its launcher died between the two
-        for directory in state.containers().iterdir():
-            if state.read_record(directory) is None and time.time() - directory.stat().st_mtime > 5:
-                remove_tree(str(directory))
-                removed.append(f"directory {directory.name}")
-    return removed
-
-
-def _remove_leftovers(record: Message, parent: cgroups.CgroupParent | None) -> list[str]:
-    """Kill and remove all of one container whose launcher is gone, or that has ended."""
-    if record.get("init"):
-        init = state.ProcessKey(**record["init"])
-        if init.alive():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(init.pid, signal.SIGKILL)
-    name = state.PREFIX + record["id"]
-    group = parent.open(name) if parent else None
-    group = cgroup_at(record.get("cgroup")) or group
-    if group and any(os.path.isdir(path) for path in group.paths.values()):
-        with contextlib.suppress(OSError):
-            group.kill()
-        group.remove()
-    remove_tree(record["directory"])
-    return [f"container {record['name']}"]
+def start_text(control_fd: int, join: int | None = None) -> str:
+    """The program that a launcher process is started with: the caller's import path, and `main`."""
+    return (
+        f"import sys; sys.path[:] = {sys.path!r}\n"
+        f"from labkernel.launcher import main; main({control_fd}, {join})"
+    )
 
 
 def main(control_fd: int, join: int | None = None) -> None:
     """Entry point of the launcher process; `control_fd` is our end of the socket to the notebook."""
+    os.set_inheritable(control_fd, False)
+    no_containers = _enter_user_namespace(control_fd, join) if os.geteuid() != 0 else ""
     syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)
     _take_name("labkernel")
     key = state.ProcessKey.of(os.getpid())
     record = state.launchers() / f"{key.pid}.json"
-    record.parent.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(asdict(key)))
+    with _explained_home():
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps(asdict(key)))
     try:
-        launcher = Launcher(socket.socket(fileno=control_fd), join)
-        clean(launcher.parent)
+        launcher = Launcher(socket.socket(fileno=control_fd), no_containers)
+        cleanup.clean(launcher.parent)
         gc.collect()
         gc.freeze()  # children share this memory; the collector must not touch (and so copy) it
         launcher.run()

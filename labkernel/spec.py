@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from labkernel.linux.cgroups import Limits
 from labkernel.linux.namespaces import FLAGS
-from labkernel.linux.users import IdMap
 
 MEMORY_MIN = 6 << 20
 """Docker's own lower bound for --memory: with less, hardly a program starts."""
@@ -41,9 +41,14 @@ class Volume:
         """Read "SRC:DST" or "SRC:DST:ro". Raises BadOption, also when SRC is not there."""
         source, _, rest = text.partition(":")
         target, _, mode = rest.partition(":")
-        if mode not in ("", "ro", "rw") or not target.startswith("/") or ".." in target.split("/"):
+        if (
+            mode not in ("", "ro", "rw")
+            or not target.startswith("/")
+            or os.path.normpath(target) == "/"
+            or ".." in target.split("/")
+        ):
             raise BadOption(
-                f"--volume {text!r}: write SRC:DST or SRC:DST:ro, with DST an absolute path inside"
+                f"--volume {text!r}: write SRC:DST or SRC:DST:ro, with DST an absolute path inside, not / itself"
             )
         if not os.path.exists(source):
             raise BadOption(f"--volume {text!r}: there is no {source!r} on this machine")
@@ -98,11 +103,13 @@ class Spec:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the launcher hands to the child besides the spec: descriptors, and the id map in force."""
+    """What the launcher hands to the child besides the spec: descriptors."""
 
-    id_map: IdMap | None
+    mapped: bool
+    """Whether the container has a user namespace of its own, in which its first process becomes root."""
     channel: int
     go: int
+    go_write: int
     rootfs: int
     writable: int
     cgroup: tuple[int, ...]
@@ -209,22 +216,34 @@ def _whole(value: int, option: str, low: int, high: int) -> int:
 
 def _cpuset(text: str) -> str:
     have = os.cpu_count() or 1
-    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text) or max(map(int, re.findall(r"\d+", text))) >= have:
+    parts = [part.split("-") for part in str(text).split(",")]
+    good = all(len(p) in (1, 2) and all(n.isdigit() and int(n) < have for n in p) for p in parts)
+    if not good or any(int(p[0]) > int(p[-1]) for p in parts):
         raise BadOption(
             f'--cpuset-cpus {text!r}: give cores from 0 to {have - 1}, as in "0" or "0-1" or "0,2"'
         )
-    return text
+    return str(text)
 
 
 def _rates(rates: Mapping[str, str | int] | None, option: str) -> dict[str, int]:
     """Bytes a second for each block device, by its number; a partition counts as its whole disk."""
-    found = {}
-    for device, rate in (rates or {}).items():
-        try:
-            number = os.stat(device).st_rdev
-        except OSError as error:
-            raise BadOption(
-                f"{option} {device!r}: {error.strerror}; name a block device such as /dev/sda"
-            ) from None
-        found[f"{os.major(number)}:{os.minor(number)}"] = parse_size(rate, option, 1)
-    return found
+    return {
+        _disk(device, option): parse_size(rate, f"{option} {device}", 1)
+        for device, rate in (rates or {}).items()
+    }
+
+
+def _disk(device: str, option: str) -> str:
+    """The number "major:minor" of the disk that a block device is, or is a part of."""
+    try:
+        status = os.stat(device)
+    except OSError as error:
+        raise BadOption(
+            f"{option} {device!r}: {error.strerror}; name a block device such as /dev/sda"
+        ) from None
+    if not stat.S_ISBLK(status.st_mode):
+        raise BadOption(f"{option} {device!r}: this is no block device; name one such as /dev/sda")
+    number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+    if os.path.exists(f"/sys/dev/block/{number}/partition"):
+        return Path(f"/sys/dev/block/{number}/../dev").read_text().strip()
+    return number

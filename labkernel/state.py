@@ -11,6 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from labkernel.linux import cgroups
+
 PREFIX = "labkernel-"
 
 
@@ -78,20 +80,63 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
+STAGES = ("created", "running", "exited")
+REQUIRED = {"id": str, "name": str, "state": str, "created": float, "command": list}
+
+
 def write_record(directory: Path, record: Mapping[str, Any]) -> None:
-    """Replace a container's record at once, so that no reader sees half of it."""
-    new = directory / "record.json.new"
-    new.write_text(json.dumps(record))
-    new.rename(directory / "record.json")
+    """Write down a container's present state: a new file for each stage of its life.
+
+    None is ever replaced: a reader sees an old one or a new one, never half of one, and ext4 does not write to disk
+    at once, as it does when a file is renamed over another.
+    """
+    fd = os.open(directory / f"{record['state']}.json", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(fd, json.dumps(record).encode())
+    finally:
+        os.close(fd)
 
 
 def read_record(directory: Path) -> dict[str, Any] | None:
-    """A container's record, or None where there is none that can be read."""
+    """A container's latest record, or None where there is none that can be read."""
+    for stage in reversed(STAGES):
+        try:
+            record = json.loads((directory / f"{stage}.json").read_text())
+        except (OSError, ValueError):
+            continue
+        if isinstance(record, dict) and all(isinstance(record.get(k), kind) for k, kind in REQUIRED.items()):
+            return record
+    return None
+
+
+def take_name(name: str, identity: str) -> None:
+    """Keep a name for one container. Raises FileExistsError where a container has it already."""
+    if name == identity:
+        return
+    names = home() / "names"
+    names.mkdir(exist_ok=True)
+    for _ in range(2):
+        try:
+            os.symlink(identity, names / name)
+            return
+        except FileExistsError:
+            holder = os.readlink(names / name)
+            if (containers() / holder).is_dir():
+                break
+            (names / name).unlink(missing_ok=True)  # its container is gone
+    raise FileExistsError(
+        errno.EEXIST,
+        f"--name {name!r}: there is a container of that name already; labkernel rm {name} removes it",
+    )
+
+
+def free_name(name: str, identity: str) -> None:
+    """Give a name back that `take_name` kept for this container."""
     try:
-        record: dict[str, Any] = json.loads((directory / "record.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return record
+        if os.readlink(home() / "names" / name) == identity:
+            (home() / "names" / name).unlink()
+    except OSError:
+        return
 
 
 def records() -> list[dict[str, Any]]:
@@ -112,9 +157,13 @@ def _present_state(record: Mapping[str, Any]) -> str:
     if record["state"] == "exited":
         return "exited"
     for who in ("launcher", "init"):
-        if record.get(who) and not ProcessKey(**record[who]).alive():
+        try:
+            if record.get(who) and not ProcessKey(**record[who]).alive():
+                return "dead"
+        except TypeError:  # written by somebody else
             return "dead"
-    return str(record["state"])
+    group = cgroups.at(record.get("cgroup")) if record["state"] == "running" else None
+    return "paused" if group and group.frozen() else str(record["state"])
 
 
 def find(name_or_id: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ the new namespaces are there already; what follows fills them and locks the door
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -13,11 +14,11 @@ import resource
 import signal
 import socket
 import struct
-import sys
 from collections.abc import Iterable
 from typing import NoReturn
 
 from labkernel.linux import capabilities, mounts, network, seccomp, syscalls
+from labkernel.linux.namespaces import FLAGS
 from labkernel.linux.syscalls import MOUNT_ATTR_RDONLY, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG
 from labkernel.spec import Prepared, Process, Spec
 
@@ -32,41 +33,54 @@ TIOCSPTLCK, TIOCGPTN = 0x40045431, 0x80045430
 
 
 def put_up(spec: Spec, given: Prepared) -> NoReturn:
-    """Build the container around this process, start the program, and reap until it ends."""
+    """Be the container's first process: take our place, let a second process build the rest, and be its init.
+
+    The walls are built by the second process, which then becomes the program: so this one, which stays as long as
+    the container, touches (and so copies) hardly any of the launcher's memory.
+    """
     keep_only(given.descriptors())
-    syscalls.prctl(
-        PR_SET_PDEATHSIG, signal.SIGKILL
-    )  # when the launcher dies, so do we, and all of the container
     if os.read(given.go, 1) != b"g":  # the launcher is gone, or could not write our id map
         os._exit(SET_UP_FAILED)
     try:
         for fd in given.cgroup:
             os.write(fd, b"0")  # 0 is this process
-        if given.id_map is not None:
+        if given.mapped:
             become(0, 0)  # root of the new user namespace
             syscalls.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # again: a change of the user resets it
         syscalls.prctl(PR_SET_DUMPABLE, 0)  # nobody inside may look into this process
         if "cgroup" in spec.namespaces:
-            syscalls.unshare(
-                syscalls.CLONE_NEWCGROUP
-            )  # only now: its root is the cgroup we are in at this moment
-        if "uts" in spec.namespaces:
-            socket.sethostname(spec.hostname)
-        if "net" in spec.namespaces:
-            network.loopback_up()
+            syscalls.unshare(syscalls.CLONE_NEWCGROUP)  # only now: its root is the cgroup that we are in
+        builder = os.fork()
+        if builder == 0:
+            build(spec, given)
+            start_program(spec.process, given.stdio, given.channel)
+        forward = frozenset({capabilities.Capability.CAP_KILL})  # all that init needs: to forward signals
+        capabilities.capset(forward, forward)
+    except Exception as error:
+        tell_failure(given.channel, error)
+    keep_only(())
+    be_init(builder)
 
-        root = NEW_ROOT
+
+def build(spec: Spec, given: Prepared) -> None:
+    """Fill the new namespaces: a name, a network, and a root of its own with nothing of the host in it."""
+    root = NEW_ROOT
+    shared = set(FLAGS) - spec.namespaces
+    try:
+        if "uts" not in shared:
+            socket.sethostname(spec.hostname)
+        if "net" not in shared:
+            network.loopback_up()
         mounts.set_propagation("/", "private")
         lower = attach(given.rootfs, root)
         writable = attach(given.writable, root)
         mounts.overlay(root, [lower], f"{writable}/upper", f"{writable}/work")
-        mounts.proc(f"{root}/proc") if "pid" in spec.namespaces else mounts.bind(
-            "/proc", f"{root}/proc", recursive=True
-        )
-        mounts.minimal_dev(f"{root}/dev")
-        mounts.sysfs(f"{root}/sys") if "net" in spec.namespaces else mounts.bind(
-            "/sys", f"{root}/sys", recursive=True
-        )
+        mounts.proc(f"{root}/proc")
+        mounts.minimal_dev(f"{root}/dev", own_mqueue="ipc" not in shared)
+        if "net" in shared:
+            mounts.bind("/sys", f"{root}/sys", recursive=True)
+        else:
+            mounts.sysfs(f"{root}/sys")
         for volume, tree in zip(spec.volumes, given.volumes, strict=True):
             mount_point(root, volume.target, os.path.isdir(f"/proc/self/fd/{tree}"))
             syscalls.move_mount(tree, f"{root}{volume.target}")
@@ -78,16 +92,8 @@ def put_up(spec: Spec, given: Prepared) -> NoReturn:
                 mounts.make_read_only(path)
         if spec.read_only:
             syscalls.mount_setattr(syscalls.AT_FDCWD, "/", attr_set=MOUNT_ATTR_RDONLY)
-
-        payload = os.fork()
-        if payload == 0:
-            start_program(spec.process, given.stdio, given.channel)
-        forward = frozenset({capabilities.Capability.CAP_KILL})  # all that init needs: to forward signals
-        capabilities.capset(forward, forward)
-    except OSError as error:
+    except Exception as error:
         tell_failure(given.channel, error)
-    keep_only(())
-    be_init(payload)
 
 
 def start_program(process: Process, stdio: tuple[int, int, int], channel: int) -> NoReturn:
@@ -101,6 +107,7 @@ def start_program(process: Process, stdio: tuple[int, int, int], channel: int) -
         for limit, value in process.rlimits:
             resource.setrlimit(limit, (value, value))
         uid, gid, groups = look_up_user(process.user)
+        check_ids(process.user, uid, gid)
         change_directory(process.workdir)
         if process.seccomp is not None and not process.no_new_privs:
             seccomp.install(process.seccomp)  # takes CAP_SYS_ADMIN where no_new_privs is not set
@@ -118,9 +125,12 @@ def start_program(process: Process, stdio: tuple[int, int, int], channel: int) -
         socket.send_fds(socket.socket(fileno=os.dup(channel)), [b"ready"], [])
         if process.seccomp is not None and process.no_new_privs:
             seccomp.install(process.seccomp)
-    except OSError as error:
+    except Exception as error:
         tell_failure(channel, error)
-    execute(process)
+    try:
+        execute(process)
+    finally:  # an argument that execve cannot take
+        os._exit(CANNOT_RUN)
 
 
 def execute(process: Process) -> NoReturn:
@@ -210,6 +220,18 @@ def look_up_user(text: str) -> tuple[int, int, list[int]]:
     )
 
 
+def check_ids(text: str, *ids: int) -> None:
+    """Refuse ids that this user namespace does not have; (uid_t) -1 would even mean "stay root"."""
+    if not any(ids):
+        return
+    with open("/proc/self/uid_map", encoding="ascii") as file:
+        there = [range(int(first), int(first) + int(count)) for first, _, count in map(str.split, file)]
+    for number in ids:
+        if not any(number in part for part in there):
+            last = max(part.stop for part in there) - 1
+            raise OSError(errno.EINVAL, f"--user {text!r}: the ids in this container go from 0 to {last}")
+
+
 def _entry(path: str, key: str) -> list[str] | None:
     """The line of passwd or group whose name, or number, is `key`."""
     rows = (line.split(":") for line in _lines(path))
@@ -264,9 +286,12 @@ def mount_point(root: str, target: str, is_directory: bool) -> None:
 
 def change_directory(workdir: str) -> None:
     """Go to --workdir, made where it is missing, as Docker does."""
-    if workdir != "/":
-        os.makedirs(workdir, exist_ok=True)
-    os.chdir(workdir)
+    try:
+        if workdir != "/":
+            os.makedirs(workdir, exist_ok=True)
+        os.chdir(workdir)
+    except OSError as error:
+        raise OSError(error.errno, f"--workdir {workdir!r}: {error.strerror}") from None
 
 
 def keep_only(descriptors: Iterable[int]) -> None:
@@ -279,9 +304,12 @@ def keep_only(descriptors: Iterable[int]) -> None:
     syscalls.close_range(first)
 
 
-def tell_failure(channel: int, error: OSError) -> NoReturn:
+def tell_failure(channel: int, error: Exception) -> NoReturn:
     """Send what failed to whoever started us, and end."""
-    text = error.strerror or str(error)
-    socket.send_fds(socket.socket(fileno=channel), [f"failed {error.errno or 0} {text}".encode()], [])
-    sys.stderr = sys.__stderr__
+    if isinstance(error, OSError):
+        number, text = error.errno or 0, error.strerror or str(error)
+    else:
+        number, text = errno.EINVAL, f"{type(error).__name__}: {error}"
+    with contextlib.suppress(OSError):
+        socket.send_fds(socket.socket(fileno=channel), [f"failed {number} {text}".encode()], [])
     os._exit(SET_UP_FAILED)

@@ -192,7 +192,7 @@ def test_a_terminal() -> None:
 
 
 def test_control_c_on_the_terminal_reaches_the_program() -> None:
-    program = "import time\nprint('here')\ntry: time.sleep(60)\nexcept KeyboardInterrupt: raise SystemExit(7)"
+    program = "import time\ntry: print('here'); time.sleep(60)\nexcept KeyboardInterrupt: raise SystemExit(7)"
     with Container("python", ["python3", "-c", program], tty=True) as container:
         assert container.terminal is not None
         from_terminal(container.terminal, b"here")

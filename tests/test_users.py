@@ -71,10 +71,16 @@ def test_a_map_as_the_kernel_takes_it() -> None:
 
 
 def test_the_map_of_a_container() -> None:
-    assert users.container_map(()) == IdMap(0, users.ROOT_BASE, users.RANGE)
-    assert users.container_map((IdMap(0, 1000, 1),)) == IdMap(0, 0, 1)
-    assert users.container_map((IdMap(0, 1000, 1), IdMap(1, 100000, 65536))) == IdMap(0, 0, users.RANGE)
-    assert users.container_map((IdMap(0, 1000, 1), IdMap(1, 100000, 1000))) == IdMap(0, 0, 1001)
+    assert users.container_map(()) == (IdMap(0, users.ROOT_BASE, users.RANGE),)
+    assert users.container_map((IdMap(0, 1000, 1),)) == (IdMap(0, 0, 1),)
+    assert users.container_map((IdMap(0, 1000, 1), IdMap(1, 100000, 65536))) == (
+        IdMap(0, 0, 1),
+        IdMap(1, 1, users.RANGE - 1),
+    )
+    assert users.container_map((IdMap(0, 1000, 1), IdMap(1, 100000, 1000))) == (
+        IdMap(0, 0, 1),
+        IdMap(1, 1, 1000),
+    )
 
 
 def in_new_user_namespace(maps: tuple[IdMap, ...]) -> Any:

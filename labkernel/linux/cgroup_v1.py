@@ -57,6 +57,10 @@ class CgroupV1(Cgroup):
             name: path for name, path in self._directories.items() if name in ALWAYS or os.path.isdir(path)
         }
 
+    @property
+    def places(self) -> dict[str, str]:
+        return dict(self._directories)
+
     def set(self, limits: Limits) -> list[tuple[str, str]]:
         if limits.cpuset_cpus is not None:
             self._make_cpuset()
@@ -123,6 +127,9 @@ class CgroupV1(Cgroup):
 
     def thaw(self) -> None:
         self._freeze("THAWED")
+
+    def frozen(self) -> bool:
+        return self._read("freezer", "freezer.state").strip() == "FROZEN"
 
     def kill(self) -> None:
         kill_all_frozen(self)

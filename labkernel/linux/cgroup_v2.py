@@ -105,6 +105,9 @@ class CgroupV2(Cgroup):
     def thaw(self) -> None:
         self._freeze("0")
 
+    def frozen(self) -> bool:
+        return "frozen 1" in self._read("cgroup.events")
+
     def kill(self) -> None:
         killer = self.directory / "cgroup.kill"  # Linux 5.14
         if killer.exists():

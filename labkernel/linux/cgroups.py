@@ -97,6 +97,11 @@ class Cgroup(ABC):
     def paths(self) -> dict[str, str]:
         """The group's directory for each controller; for v2 they are all the same."""
 
+    @property
+    def places(self) -> dict[str, str]:
+        """`paths`, and where the group would be in a tree that it is not in yet: what a record has to hold."""
+        return self.paths
+
     @abstractmethod
     def set(self, limits: Limits) -> list[tuple[str, str]]:
         """Write `limits` and return what was written: (file, text). Raises CgroupUnavailable or OSError."""
@@ -124,6 +129,10 @@ class Cgroup(ABC):
     @abstractmethod
     def thaw(self) -> None:
         """Let a frozen group go on."""
+
+    @abstractmethod
+    def frozen(self) -> bool:
+        """Whether the group is stopped at this moment."""
 
     @abstractmethod
     def kill(self) -> None:
@@ -227,6 +236,16 @@ def parent() -> CgroupParent:
         if mounted.version == 2 and "memory" in read(Path(mounted.point) / "cgroup.controllers").split():
             return ParentV2.prepare(mounted, paths[""])
     return ParentV1.prepare(here, paths)
+
+
+def at(places: Mapping[str, str] | None) -> Cgroup | None:
+    """The group whose `places` a container's record names; None for None."""
+    from labkernel.linux.cgroup_v1 import CgroupV1
+    from labkernel.linux.cgroup_v2 import CgroupV2
+
+    if not places:
+        return None
+    return CgroupV2(Path(places[""])) if "" in places else CgroupV1(dict(places))
 
 
 def below_mount(mounted: CgroupMount, path: str) -> Path:

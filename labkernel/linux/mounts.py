@@ -102,7 +102,7 @@ def overlay(target: PathLike, lowerdirs: Sequence[PathLike], upperdir: PathLike,
     syscalls.mount("overlay", target, "overlay", 0, data)
 
 
-def minimal_dev(target: PathLike) -> None:
+def minimal_dev(target: PathLike, *, own_mqueue: bool = True) -> None:
     """A /dev with the harmless devices only, terminals of its own, shared memory and message queues.
 
     The nodes are bound from the host's /dev, since making them needs the host's CAP_MKNOD.
@@ -124,7 +124,8 @@ def minimal_dev(target: PathLike) -> None:
         "devpts", f"{dev}/pts", "devpts", MS_NOSUID | MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620"
     )
     syscalls.mount("shm", f"{dev}/shm", "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, "mode=1777,size=65536k")
-    syscalls.mount("mqueue", f"{dev}/mqueue", "mqueue", MS_NOSUID | MS_NODEV | MS_NOEXEC)
+    if own_mqueue:  # takes CAP_SYS_ADMIN over the ipc namespace, so it has to be one of our own
+        syscalls.mount("mqueue", f"{dev}/mqueue", "mqueue", MS_NOSUID | MS_NODEV | MS_NOEXEC)
 
 
 def mask(path: PathLike, null: PathLike = "/dev/null") -> None:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import os
 import pwd
-import shutil
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,10 +57,9 @@ def subid_range(path: Path = Path("/etc/subuid")) -> tuple[int, int] | None:
     except OSError:
         return None
     for line in lines:
-        name, _, rest = line.strip().partition(":")
-        if name in names:
-            first, count = rest.split(":")
-            return int(first), int(count)
+        name, *numbers = line.strip().split(":")
+        if name in names and len(numbers) == 2 and all(number.isdigit() for number in numbers):
+            return int(numbers[0]), int(numbers[1])
     return None
 
 
@@ -73,6 +70,9 @@ def become_root_of_own_namespace() -> tuple[IdMap, ...]:
     id becomes 0 and the range follows it; without, 0 is the only id there is. Raises OSError where the machine
     forbids it.
     """
+    import shutil
+    import subprocess
+
     uid, gid = os.getuid(), os.getgid()
     uids, gids = subid_range(), subid_range(Path("/etc/subgid"))
     ready_read, ready_write = os.pipe()
@@ -106,15 +106,24 @@ def become_root_of_own_namespace() -> tuple[IdMap, ...]:
     return (IdMap(0, uid, 1),)
 
 
-def container_map(own: tuple[IdMap, ...]) -> IdMap:
+def own_map() -> tuple[IdMap, ...]:
+    """The map of the user namespace that we are in; empty in the machine's first one, where every id is itself."""
+    rows = [line.split() for line in Path("/proc/self/uid_map").read_text().splitlines()]
+    maps = tuple(IdMap(int(inside), int(outside), int(count)) for inside, outside, count in rows)
+    return () if maps == (IdMap(0, 0, 0xFFFFFFFF),) else maps
+
+
+def container_map(own: tuple[IdMap, ...]) -> tuple[IdMap, ...]:
     """The map of a container's user namespace, as its parent namespace (the launcher's) counts ids.
 
     `own` is the launcher's own map, empty for real root. Real root's containers get ids that nobody has; an
-    ordinary user's container sees what the user was given, with the user as its root.
+    ordinary user's container sees what the user was given, with the user as its root. Each line has to lie within
+    one line of the map above (map_id_range_down in kernel/user_namespace.c), so there are as many.
     """
     if not own:
-        return IdMap(0, ROOT_BASE, RANGE)
-    return IdMap(0, 0, min(RANGE, sum(entry.count for entry in own)))
+        return (IdMap(0, ROOT_BASE, RANGE),)
+    maps = [IdMap(e.inside, e.inside, min(e.count, RANGE - e.inside)) for e in own if e.inside < RANGE]
+    return tuple(maps)
 
 
 def _write(path: str, text: str) -> None:

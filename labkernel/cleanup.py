@@ -1,0 +1,131 @@
+"""Finishing what a killed launcher could not: processes, control groups, directories.
+
+Everything that the lab makes is written down before it is made (see `labkernel.state`), so whatever is left can be
+found again, by the next launcher that starts or by `labkernel clean`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from labkernel import state
+from labkernel.linux import cgroups
+
+UNFINISHED_AFTER = 60.0
+"""Seconds after which what somebody began to write, and did not finish, counts as left behind."""
+
+
+def clean(parent: cgroups.CgroupParent | None) -> list[str]:
+    """Remove what killed launchers have left behind; returns what was removed, in words."""
+    removed = []
+    for path in sorted(state.launchers().glob("*.json")) if state.launchers().is_dir() else ():
+        key = _launcher_key(path)
+        if key and key.alive():
+            continue
+        if key and key.boot == state.boot_id() and (killed := end_session(key.pid)):
+            removed.append(f"{killed} processes of launcher {key.pid}")
+        path.unlink(missing_ok=True)
+        removed.append(f"the record of launcher {path.stem}")
+    for record in state.records():
+        if record["state"] == "dead":
+            removed += remove_leftovers(record, parent)
+    return removed + _remove_unfinished()
+
+
+def remove_leftovers(record: Mapping[str, Any], parent: cgroups.CgroupParent | None) -> list[str]:
+    """Kill and remove all of one container whose launcher is gone, or that has ended."""
+    if record.get("init"):
+        init = state.ProcessKey(**record["init"])
+        if init.alive():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(init.pid, signal.SIGKILL)
+    group = cgroups.at(record.get("cgroup")) or (parent.open(state.PREFIX + record["id"]) if parent else None)
+    if group and any(os.path.isdir(path) for path in group.paths.values()):
+        with contextlib.suppress(OSError):
+            group.kill()
+        group.remove()
+    state.free_name(record["name"], record["id"])
+    remove_tree(record["directory"])
+    return [f"container {record['name']}"]
+
+
+def end_session(session: int) -> int:
+    """Kill every process of a launcher's session but the launcher; how many there were."""
+    killed = 0
+    for _ in range(100):
+        members = [
+            pid for pid in _pids() if pid not in (session, os.getpid()) and _session_of(pid) == session
+        ]
+        if not members:
+            break
+        for pid in members:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+                killed += 1
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        time.sleep(0.005)
+    return killed
+
+
+def remove_tree(path: str) -> None:
+    """Remove a container's directory. Overlay leaves a work directory that its owner may not even list."""
+
+    def open_up(function: Any, where: str, _: object) -> None:
+        with contextlib.suppress(OSError):
+            os.chmod(os.path.dirname(where), 0o700)
+            os.chmod(where, 0o700)
+            function(where)
+
+    shutil.rmtree(path, onerror=open_up)
+
+
+def _remove_unfinished() -> list[str]:
+    """A container's directory without a record, images and root file systems that were cut short, names of nobody."""
+    removed = []
+    homes = (
+        *(path for path in _listed(state.containers()) if state.read_record(path) is None),
+        *(path for path in _listed(state.home() / "rootfs") if path.name.startswith(".")),
+        *(path for path in _listed(state.home() / "images") if path.name.startswith(".")),
+    )
+    for path in homes:
+        with contextlib.suppress(OSError):
+            if time.time() - path.lstat().st_mtime < UNFINISHED_AFTER:
+                continue  # somebody may be at it
+            remove_tree(str(path)) if path.is_dir() else path.unlink()
+            removed.append(f"{path.parent.name}/{path.name}")
+    return removed
+
+
+def _listed(directory: Path) -> list[Path]:
+    return sorted(directory.iterdir()) if directory.is_dir() else []
+
+
+def _launcher_key(path: Path) -> state.ProcessKey | None:
+    try:
+        return state.ProcessKey(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _pids() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def _session_of(pid: int) -> int:
+    """A process's session; 0 when it has ended."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return 0
+    return 0 if fields[0] in (b"Z", b"X") else int(fields[3])
