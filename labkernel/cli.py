@@ -711,7 +711,7 @@ def _remove_images() -> list[str]:
             removed.append(f"{name}/{path.name}")
         children.in_child(shutil.rmtree, state.home() / name, ignore_errors=True)
     children.close_launcher()
-    for path in (state.containers(), state.launchers(), state.home()):
+    for path in (state.containers(), state.launchers(), state.names(), state.home()):
         with contextlib.suppress(OSError):  # somebody else's lab is running
             path.rmdir()
     return removed

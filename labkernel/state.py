@@ -38,6 +38,11 @@ def launchers() -> Path:
     return home() / "launchers"
 
 
+def names() -> Path:
+    """One link a name that was chosen for a container; it says the container's id."""
+    return home() / "names"
+
+
 @dataclass(frozen=True)
 class ProcessKey:
     """A process, told apart from a later one that got the same pid: by its start and by the machine's boot."""
@@ -113,17 +118,16 @@ def take_name(name: str, identity: str) -> None:
     """Keep a name for one container. Raises FileExistsError where a container has it already."""
     if name == identity:
         return
-    names = home() / "names"
-    names.mkdir(exist_ok=True)
+    names().mkdir(exist_ok=True)
     for _ in range(2):
         try:
-            os.symlink(identity, names / name)
+            os.symlink(identity, names() / name)
             return
         except FileExistsError:
-            holder = os.readlink(names / name)
+            holder = os.readlink(names() / name)
             if (containers() / holder).is_dir():
                 break
-            (names / name).unlink(missing_ok=True)  # its container is gone
+            (names() / name).unlink(missing_ok=True)  # its container is gone
     raise FileExistsError(
         errno.EEXIST,
         f"--name {name!r}: there is a container of that name already; labkernel rm {name} removes it",
@@ -133,8 +137,8 @@ def take_name(name: str, identity: str) -> None:
 def free_name(name: str, identity: str) -> None:
     """Give a name back that `take_name` kept for this container."""
     try:
-        if os.readlink(home() / "names" / name) == identity:
-            (home() / "names" / name).unlink()
+        if os.readlink(names() / name) == identity:
+            (names() / name).unlink()
     except OSError:
         return
 

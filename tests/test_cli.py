@@ -780,18 +780,6 @@ def _python_for(name: str, packages: Path) -> str:
     pytest.skip(f"there is no Python {version} here that an ordinary user can start: {'; '.join(why)}")
 
 
-# Strict: whoever mends it takes the mark away.
-no_map = pytest.mark.xfail(
-    reason="users.write_maps: one line of the map may not span two extents of the launcher's own map",
-    strict=True,
-)
-no_way_in = pytest.mark.xfail(
-    reason="exec and the relay enter by the container's init, which an ordinary user may not look into",
-    strict=False,
-)
-
-
-@no_map
 def test_an_ordinary_user_builds_and_runs(student: User) -> None:
     assert "sha256:" in student.printed("build")
     assert student.printed("run", "--rm", "id", "-u") == "0\n"
@@ -799,7 +787,6 @@ def test_an_ordinary_user_builds_and_runs(student: User) -> None:
     assert student.lab("run", "--rm", "-i", "cat", input=b"hi\n").stdout == b"hi\n"
 
 
-@no_way_in
 def test_an_ordinary_users_container_that_runs_without_them(student: User) -> None:
     port = free_port()
     web = ["--publish", f"{port}:8000", "python3", "-m", "http.server", "8000"]
@@ -823,7 +810,6 @@ def test_an_ordinary_user_asks_for_a_limit(student: User) -> None:
     assert done.returncode == 0 or (done.returncode == 125 and b"limits are asked for (memory" in done.stderr)
 
 
-@no_map
 def test_an_ordinary_user_leaves_nothing(student: User) -> None:
     student.printed("run", "--detach", "--name", "last", "sleep", "1000")
     assert "removed container last" in student.printed("clean", "--all")
