@@ -197,6 +197,11 @@ def test_it_ends_with_the_container_and_has_its_final_counters(limits: None) -> 
     assert last.memory_peak_bytes == 32 << 20
     assert last.memory_limit_bytes == 32 << 20
     assert [count for _, count in watching.recording.events("oom_kills")] == [1]
+    table = watching.recording.columns()
+    assert all(
+        peak >= now for peak, now in zip(table["memory_peak_bytes"], table["memory_bytes"], strict=True)
+    )
+    assert table["memory_peak_bytes"] == sorted(table["memory_peak_bytes"])
     assert container.final_stats and last.cpu_usec == container.final_stats.cpu_usec
     length = len(watching.recording.samples)
     assert watching.stop() is watching.stop()

@@ -134,7 +134,7 @@ class View:
         self.monitor: Monitor | None = None
         self.over = False
         self._processes_drawn = 0.0
-        wide = ipywidgets.Layout(width="auto", flex="1 1 auto")
+        wide = ipywidgets.Layout(width="auto")
         self.title = ipywidgets.HTML()
         self.plot = ipywidgets.HTML(layout=wide)
         self.processes = ipywidgets.HTML(layout=wide)
@@ -161,7 +161,11 @@ class View:
         self.start_button = ipywidgets.Button(description="start", layout=button)
         self.pause_button = ipywidgets.ToggleButton(description="pause", layout=button)
         self.stop_button = ipywidgets.Button(description="stop", layout=button)
-        self.command = ipywidgets.Text("ps", placeholder="a program and its arguments", layout=wide)
+        self.command = ipywidgets.Text(
+            "ps",
+            placeholder="a program and its arguments",
+            layout=ipywidgets.Layout(flex="1 1 auto", width="auto"),
+        )
         self.exec_button = ipywidgets.Button(description="exec", layout=button)
         self.memory.observe(self._moved("memory", lambda size: f"{size}M"), names="value")
         self.cpus.observe(self._moved("cpus", lambda cores: cores), names="value")
