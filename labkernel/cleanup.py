@@ -19,9 +19,6 @@ from typing import Any
 from labkernel import state
 from labkernel.linux import cgroups
 
-UNFINISHED_AFTER = 60.0
-"""Seconds after which what somebody began to write, and did not finish, counts as left behind."""
-
 
 def clean(parent: cgroups.CgroupParent | None) -> list[str]:
     """Remove what killed launchers have left behind; returns what was removed, in words."""
@@ -90,24 +87,19 @@ def remove_tree(path: str) -> None:
 
 
 def _remove_unfinished() -> list[str]:
-    """A container's directory without a record, images and root file systems that were cut short, names of nobody."""
+    """A container's directory without a record; images and root file systems that were cut short."""
     removed = []
-    homes = (
-        *(path for path in _listed(state.containers()) if state.read_record(path) is None),
-        *(path for path in _listed(state.home() / "rootfs") if path.name.startswith(".")),
-        *(path for path in _listed(state.home() / "images") if path.name.startswith(".")),
-    )
-    for path in homes:
-        with contextlib.suppress(OSError):
-            if time.time() - path.lstat().st_mtime < UNFINISHED_AFTER:
-                continue  # somebody may be at it
-            remove_tree(str(path)) if path.is_dir() else path.unlink()
-            removed.append(f"{path.parent.name}/{path.name}")
+    for directory in (state.containers(), state.home() / "rootfs", state.home() / "images"):
+        if not directory.is_dir():
+            continue
+        with state.locked(directory, wait=directory == state.containers()) as ours:
+            for path in sorted(directory.iterdir()) if ours else ():  # else somebody is building there
+                if path.name.startswith(".") or (
+                    directory == state.containers() and not state.read_record(path)
+                ):
+                    remove_tree(str(path)) if path.is_dir() else path.unlink(missing_ok=True)
+                    removed.append(f"{directory.name}/{path.name}")
     return removed
-
-
-def _listed(directory: Path) -> list[Path]:
-    return sorted(directory.iterdir()) if directory.is_dir() else []
 
 
 def _launcher_key(path: Path) -> state.ProcessKey | None:

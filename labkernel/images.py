@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from labkernel import children, state
@@ -39,19 +40,24 @@ def rootfs(image: str = STANDARD, *, progress: Progress | None = None) -> Path:
 
     built = build_rootfs(image, progress=progress)
     base = children.launcher().facts["container_map"]
+    owner, count = base["outside"], base["count"]
     # The owner is part of the name: root's containers and an ordinary user's see different ids on disk.
-    place = (
-        state.home()
-        / "rootfs"
-        / f"{image}-{built.digest.removeprefix('sha256:')[:16]}-{base['outside']}-{base['count']}"
-    )
-    if not place.is_dir():
-        place.parent.mkdir(parents=True, exist_ok=True)
-        for stale in place.parent.glob(f"{image}-*-{base['outside']}-{base['count']}"):
-            children.in_child(shutil.rmtree, stale, ignore_errors=True)
-        children.in_child(_unpack, built.tarball, place, base["outside"], base["count"])
+    place = state.home() / "rootfs" / f"{image}-{built.digest.removeprefix('sha256:')[:16]}-{owner}-{count}"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with state.locked(place.parent):  # two processes may want it at the same moment
+        if not place.is_dir():
+            _remove_earlier(place.parent.glob(f"{image}-*-{owner}-{count}"))
+            children.in_child(_unpack, built.tarball, place, owner, count)
     _known[image, state.home()] = place
     return place
+
+
+def _remove_earlier(places: Iterable[Path]) -> None:
+    """Remove what an earlier build of the image was unpacked to, unless a container may be standing on it."""
+    if any(record["state"] in ("created", "running", "paused") for record in state.records()):
+        return
+    for place in places:
+        children.in_child(shutil.rmtree, place, ignore_errors=True)
 
 
 _known: dict[tuple[str, Path], Path] = {}

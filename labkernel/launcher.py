@@ -196,8 +196,8 @@ class Launcher:
             "process": request["process_defaults"], "namespaces": sorted(spec.namespaces),
         }  # fmt: skip
         with contextlib.ExitStack() as undo, contextlib.ExitStack() as closing:
-            with _explained_home():
-                spec.directory.mkdir(parents=True)
+            with _explained_home(), _holding_containers():
+                spec.directory.mkdir()
                 undo.callback(cleanup.remove_tree, str(spec.directory))
                 state.take_name(spec.name, spec.id)
                 undo.callback(state.free_name, spec.name, spec.id)
@@ -511,6 +511,14 @@ def _start_relay(listeners: list[tuple[Any, socket.socket]], container_pid: int)
         os._exit(0)
 
     return fork(carry)
+
+
+@contextlib.contextmanager
+def _holding_containers() -> Iterator[None]:
+    """No other launcher may take a directory that has no record yet for one that was left behind."""
+    state.containers().mkdir(parents=True, exist_ok=True)
+    with state.locked(state.containers()):
+        yield
 
 
 @contextlib.contextmanager

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -41,6 +43,24 @@ def launchers() -> Path:
 def names() -> Path:
     """One link a name that was chosen for a container; it says the container's id."""
     return home() / "names"
+
+
+@contextmanager
+def locked(directory: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold a directory for this process alone, as long as the block lasts or the process lives (man 2 flock).
+
+    What is half made in it while nobody holds it was left behind. Without `wait` says whether it was to be had.
+    """
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield True
+    except BlockingIOError:
+        if wait:
+            raise
+        yield False
+    finally:
+        os.close(fd)
 
 
 @dataclass(frozen=True)
