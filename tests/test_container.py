@@ -746,7 +746,10 @@ def test_one_after_the_other_costs_no_descriptors_and_no_memory() -> None:
                 container.exec(["true"])
     assert open_here() == ours
     if theirs:
-        assert costs()[0] == theirs[0]
+        end = time.monotonic() + 5
+        while costs()[0] > theirs[0] and time.monotonic() < end:
+            time.sleep(0.01)  # the last one's end may still be dealt with
+        assert costs()[0] <= theirs[0]
         assert costs()[1] < theirs[1] + 1000  # pages
 
 
