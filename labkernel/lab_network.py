@@ -57,7 +57,7 @@ class Helper:
 def _serve(asked: socket.socket) -> NoReturn:
     """In the helper process: make the network, then do what is asked until the launcher is gone."""
     walls.keep_only((asked.fileno(),))
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    syscalls.block_signals(0)
     network: Any = None
     while True:
         data, fds, _, _ = socket.recv_fds(asked, 4096, 1)

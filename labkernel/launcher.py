@@ -176,7 +176,7 @@ class Launcher:
         def child() -> NoReturn:
             os.setpgid(0, 0)
             walls.keep_only(fds)
-            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+            syscalls.block_signals(0)
             _run_function((stdin, stdout, stderr), result, _contents(function))
 
         pid, pidfd = fork(child)
@@ -338,7 +338,7 @@ def fork(child: Callable[[], NoReturn], flags: int = 0, into: int | None = None)
 
     It begins with all signals blocked, so that none finds it half made, and dies with the launcher.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    before = syscalls.block_signals()
     try:
         pid, pidfd = syscalls.clone3(flags, into)
         if pid:
@@ -351,7 +351,7 @@ def fork(child: Callable[[], NoReturn], flags: int = 0, into: int | None = None)
         finally:
             os._exit(walls.SET_UP_FAILED)
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        syscalls.block_signals(before)
 
 
 def _run_function(stdio: tuple[int, int, int], result: int, pickled: bytes) -> NoReturn:
@@ -506,7 +506,7 @@ def _start_relay(listeners: list[tuple[Any, socket.socket]], container_pid: int)
 
     def carry() -> NoReturn:
         walls.keep_only(listener.fileno() for _, listener in listeners)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        syscalls.block_signals(0)
         relay.serve(listeners, container_pid)
         os._exit(0)
 

@@ -116,13 +116,10 @@ def start_program(process: Process, stdio: tuple[int, int, int], channel: int) -
             become(uid, gid, groups)  # leaving uid 0 gives up the capabilities too
         if process.no_new_privs:
             syscalls.prctl(PR_SET_NO_NEW_PRIVS, 1)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        for number in (
-            signal.SIGPIPE,
-            signal.SIGXFSZ,
-        ):  # Python ignores these; programs expect them as they were
-            signal.signal(number, signal.SIG_DFL)
-        socket.send_fds(socket.socket(fileno=os.dup(channel)), [b"ready"], [])
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(number, signal.SIG_DFL)  # Python ignores these; programs expect them as they were
+        syscalls.block_signals(0)
+        os.write(channel, b"ready")
         if process.seccomp is not None and process.no_new_privs:
             seccomp.install(process.seccomp)
     except Exception as error:
@@ -157,8 +154,7 @@ def execute(process: Process) -> NoReturn:
 
 def be_init(payload: int) -> NoReturn:
     """pid 1: reap every orphan, forward signals to the program, and end as it ends (man 7 pid_namespaces)."""
-    everything = signal.valid_signals()
-    signal.pthread_sigmask(signal.SIG_BLOCK, everything)
+    everything = [*range(1, 32), *range(34, 65)]  # 32 and 33 are libc's own; all are blocked since our birth
     while True:
         pid, status = reap()
         if pid == payload:

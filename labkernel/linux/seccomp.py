@@ -19,7 +19,6 @@ import json
 import os
 import platform
 import struct
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -103,11 +102,7 @@ def load(path: str | os.PathLike[str]) -> Profile:
     """
     text = Path(path).read_text(encoding="utf-8")
     try:
-        return (
-            _from_toml(tomllib.loads(text))
-            if Path(path).suffix == ".toml"
-            else _from_docker(json.loads(text))
-        )
+        return _from_toml(text) if Path(path).suffix == ".toml" else _from_docker(json.loads(text))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is not a seccomp profile: {type(error).__name__}: {error}") from None
 
@@ -118,7 +113,10 @@ def default_profile() -> Profile:
     return load(DEFAULT_PROFILE)
 
 
-def _from_toml(data: Mapping[str, Any]) -> Profile:
+def _from_toml(text: str) -> Profile:
+    import tomllib  # the launcher, whose memory every container copies, only installs programs
+
+    data = tomllib.loads(text)
     return Profile(tuple(rule for group in data["group"] for rule in _rules_of_group(group)))
 
 
