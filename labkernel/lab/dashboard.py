@@ -109,14 +109,12 @@ class Dashboard:
                 return
 
     def _finish(self) -> None:
-        """Stop for good, in the notebook's main thread where there is one.
+        """Stop for good, in the notebook's main thread; outside a notebook that is left to whoever made this.
 
         A cell may be waiting for the container at this very moment. Then its answer is not ours to take: the main
         thread gets to us when the cell is through.
         """
-        if self._loop is None or self._loop.is_closed():
-            self.stop()
-        else:
+        if self._loop and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self.stop)
 
     def _replaced_by(self, new: Dashboard) -> bool:
