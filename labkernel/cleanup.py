@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -75,15 +76,33 @@ def end_session(session: int) -> int:
 
 
 def remove_tree(path: str) -> None:
-    """Remove a container's directory. Overlay leaves a work directory that its owner may not even list."""
+    """Remove a container's directory, also directories in it that forbid it: overlay leaves one that nobody may list.
 
-    def open_up(function: Any, where: str, _: object) -> None:
-        with contextlib.suppress(OSError):
-            os.chmod(os.path.dirname(where), 0o700)
-            os.chmod(where, 0o700)
-            function(where)
+    Only directories are opened up, and none by way of a link: what is in there, the container's programs have made,
+    and a link of theirs may lead to any file of the host.
+    """
+    try:
+        shutil.rmtree(path)
+        return
+    except FileNotFoundError:
+        return
+    except OSError:
+        top = os.lstat(path)
+    for _, names, _, fd in os.fwalk(path):
+        for name in names:
+            status = os.stat(name, dir_fd=fd, follow_symlinks=False)
+            if stat.S_ISDIR(status.st_mode) and status.st_dev == top.st_dev:
+                _open_up(name, fd)
+    shutil.rmtree(path, ignore_errors=True)
 
-    shutil.rmtree(path, onerror=open_up)
+
+def _open_up(name: str, parent: int) -> None:
+    """Let us list and change a directory; opened by O_PATH and O_NOFOLLOW, so that it is that one and no other."""
+    fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_DIRECTORY, dir_fd=parent)
+    try:
+        os.chmod(f"/proc/self/fd/{fd}", 0o700)
+    finally:
+        os.close(fd)
 
 
 def _remove_unfinished() -> list[str]:

@@ -67,8 +67,11 @@ class Launcher:
         self.control: socket.socket | None = control
         self.no_containers = no_containers
         self.id_maps = users.own_map()
-        if self.id_maps and os.geteuid() == 0:
-            _own_mounts()
+        if self.id_maps and os.geteuid() == 0:  # ours, or one that we were started in
+            try:
+                _own_mounts()
+            except OSError as error:
+                self.no_containers = error.strerror or str(error)
         self.parent, self.no_cgroup = _cgroup_parent()
         self.poll = select.epoll()
         self.children: dict[int, Child] = {}  # by pidfd, and by the channel's descriptor
