@@ -396,11 +396,15 @@ def _enter_and_run(
         group = cgroups.at(record["cgroup"])
         doors = group.door_fds() if group else ()
         into = group.into_fd if group else None
-        namespaces.enter(init.pid, record["namespaces"])
+        own_view = os.open(f"/proc/{init.pid}/ns/cgroup", os.O_RDONLY | os.O_CLOEXEC)
+        kinds = set(record["namespaces"])
+        namespaces.enter(init.pid, kinds - {"cgroup"})
 
         def inside() -> NoReturn:
             for fd in doors:
                 os.write(fd, b"0")
+            if "cgroup" in kinds:  # last: from inside, the way from our group into the container's is closed
+                syscalls.setns(own_view, syscalls.CLONE_NEWCGROUP)
             walls.become(0, 0)
             syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
             walls.start_program(process, stdio, channel.fileno())
@@ -447,8 +451,8 @@ def _prepare(
         closing.callback(os.close, fd)
         return fd
 
-    rootfs = opened(syscalls.open_tree(spec.rootfs, syscalls.OPEN_TREE_CLONE))
-    writable = opened(syscalls.open_tree(directory, syscalls.OPEN_TREE_CLONE))
+    rootfs = opened(_copied_mount(spec.rootfs))
+    writable = opened(_copied_mount(directory))
     volumes = tuple(opened(_volume_tree(volume, id_maps)) for volume in spec.volumes)
     if logged:  # opened by way of the copied mount: /proc/self/fd/1 then says "/log", and no path of the host
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
@@ -472,9 +476,16 @@ def _clone(spec: Spec, given: Prepared, group: cgroups.Cgroup | None) -> tuple[i
             os.close(into)
 
 
+def _copied_mount(path: str) -> int:
+    """A detached copy of the mount at `path`, a private one: what is mounted on it is not for the host to see."""
+    tree = syscalls.open_tree(path, syscalls.OPEN_TREE_CLONE)
+    syscalls.mount_setattr(tree, propagation=mounts.PROPAGATION["private"])
+    return tree
+
+
 def _volume_tree(volume: Volume, id_maps: tuple[users.IdMap, ...]) -> int:
     """A detached copy of the volume's mount, ready to be attached inside."""
-    tree = syscalls.open_tree(volume.source, syscalls.OPEN_TREE_CLONE)
+    tree = _copied_mount(volume.source)
     attributes = syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV
     syscalls.mount_setattr(
         tree, attr_set=attributes | (syscalls.MOUNT_ATTR_RDONLY if volume.read_only else 0)

@@ -21,7 +21,7 @@ import pytest
 from labkernel import children, images, state
 from labkernel.children import in_child
 from labkernel.container import Container, ContainerError
-from labkernel.linux import syscalls
+from labkernel.linux import mounts, syscalls
 from labkernel.spec import BadOption
 from tests.helpers import (
     Snapshot,
@@ -643,6 +643,29 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, home: Path) -> N
             assert_nothing_left(before, within=5)
             assert Container("python", ["true"]).run().returncode == 0
             children.close_launcher()
+    finally:
+        children.close_launcher()
+        syscalls.umount2(place, syscalls.MNT_DETACH)
+
+
+def test_where_mounts_are_shared_the_host_sees_none_of_the_containers(tmp_path: Path, home: Path) -> None:
+    """With systemd every mount is shared (man 7 mount_namespaces), and so is a copy of it that nobody makes private."""
+    place = tmp_path / "shared"
+    place.mkdir()
+    try:
+        syscalls.mount("tmpfs", place, "tmpfs")
+    except PermissionError:
+        pytest.skip("an ordinary user can mount nothing outside of a user namespace")
+    try:
+        mounts.set_propagation(place, "shared")
+        link_images(home.parent / "shared", place)
+        (place / "volume").mkdir()
+        with environment(LABKERNEL_HOME=str(place)):
+            children.close_launcher()
+            before = Path("/proc/self/mountinfo").read_text()
+            with sleeping(volumes=[f"{place}/volume:/v"]) as container:
+                assert Path("/proc/self/mountinfo").read_text() == before
+                assert not any(entry.propagation for entry in mounts.mountinfo(container.pid or 0))
     finally:
         children.close_launcher()
         syscalls.umount2(place, syscalls.MNT_DETACH)
