@@ -88,8 +88,9 @@ class Recording:
     def rate(self, column: str, over: float = 0.0) -> list[float]:
         """How fast a counter grew before each sample, in its unit a second; 0 for the first.
 
-        over: seconds over which to average, at least one interval. What a CPU quota allows it allows for each period
-        of 0.1 s: over less than several of them the share looks now too high, now too low.
+        over: seconds over which to average, at least one interval; of the time before the first sample nothing is
+        known, and it counts as nothing. What a CPU quota allows it allows for each period of 0.1 s: over less than
+        several of them the share looks now too high, now too low.
         """
         samples = list(self.samples)
         rates = [0.0] if samples else []
@@ -99,7 +100,7 @@ class Recording:
                 start += 1
             before = samples[start]
             grown = getattr(after, column) - getattr(before, column)
-            rates.append(grown / max(after.seconds - before.seconds, 1e-6))
+            rates.append(grown / max(after.seconds - before.seconds, over, 1e-6))
         return rates
 
     def events(self, column: str) -> list[tuple[float, int]]:
@@ -232,11 +233,14 @@ class Monitor:
 
     def _take(self) -> bool:
         """Add a sample; False when the container has ended: its files may have vanished while we read them."""
-        seconds = time.monotonic() - self._began
+        start = time.monotonic()
         try:
             sample = self._source.sample()
         except OSError:
             sample = None
+        seconds = (
+            start + time.monotonic()
+        ) / 2 - self._began  # on a busy machine we may have had to wait meanwhile
         if sample is None or _readable(self._init):
             return not _readable(self._init)
         peak = max(sample.memory_bytes, sample.memory_peak_bytes)  # before Linux 5.19, v2 has no memory.peak

@@ -217,8 +217,8 @@ def test_four_containers_at_ten_frames_a_second_take_less_than_a_tenth_of_a_core
 def test_the_picture_has_the_limit_the_kills_and_the_waiting_in_it() -> None:
     samples = [
         Sample(0.0, memory_bytes=60 << 20, memory_limit_bytes=64 << 20, cpus_limit=0.5, pids=3, pids_limit=8),
-        Sample(0.1, memory_bytes=62 << 20, memory_limit_bytes=64 << 20, cpus_limit=0.5, pids=3, pids_limit=8,
-               cpu_usec=50_000, cpu_throttled_usec=50_000, oom_kills=1),
+        Sample(0.4, memory_bytes=62 << 20, memory_limit_bytes=64 << 20, cpus_limit=0.5, pids=3, pids_limit=8,
+               cpu_usec=200_000, cpu_throttled_usec=50_000, oom_kills=1),
     ]  # fmt: skip
     text = picture(Recording("box", samples))
     assert 'aria-label="CPU, cores 0.50 of 0.5; memory, MiB 62 of 64; processes 3 of 8;' in text

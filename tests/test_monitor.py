@@ -297,5 +297,5 @@ def test_rates_and_events_are_differences() -> None:
     )
     assert recording.rate("cpu_usec") == [0.0, 500_000.0, 0.0]
     assert recording.events("oom_kills") == [(1.0, 2)]
-    assert recording.rate("cpu_usec", over=1) == [0.0, 500_000.0, 250_000.0]
+    assert recording.rate("cpu_usec", over=1) == [0.0, 250_000.0, 250_000.0]
     assert Recording().rate("cpu_usec") == []
