@@ -28,6 +28,9 @@ NEW_ROOT = "/tmp"
 CANNOT_RUN, NOT_FOUND, SET_UP_FAILED = 126, 127, 125
 """Exit statuses of the field: the program cannot be run, is not there; the container could not be made."""
 
+IGNORED = tuple(number for number in range(1, 65) if signal.getsignal(number) is signal.SIG_IGN)
+"""By Python itself (SIGPIPE, SIGXFSZ), and by whoever started us, as `nohup` ignores SIGHUP."""
+
 TIOCSPTLCK, TIOCGPTN = 0x40045431, 0x80045430
 """Unlock a pseudo-terminal, and ask for its number; <asm-generic/ioctls.h>, man 2 TIOCSPTLCK."""
 
@@ -116,8 +119,8 @@ def start_program(process: Process, stdio: tuple[int, int, int], channel: int) -
             become(uid, gid, groups)  # leaving uid 0 gives up the capabilities too
         if process.no_new_privs:
             syscalls.prctl(PR_SET_NO_NEW_PRIVS, 1)
-        for number in (signal.SIGPIPE, signal.SIGXFSZ):
-            signal.signal(number, signal.SIG_DFL)  # Python ignores these; programs expect them as they were
+        for number in IGNORED:
+            signal.signal(number, signal.SIG_DFL)  # exec keeps what is ignored; a program expects nothing to be
         syscalls.block_signals(0)
         os.write(channel, b"ready")
         if process.seccomp is not None and process.no_new_privs:

@@ -10,6 +10,7 @@ import ast
 import contextlib
 import os
 import re
+import runpy
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,66 +29,19 @@ SOLUTION = re.compile(
 HINT = re.compile(r"<details>\s*<summary>Hint</summary>.*?</details>", re.DOTALL)
 CHECK = re.compile(r'lab\.check\("([^"]+)"')
 
-LEAP = "for _ in range(64):\n        os.chdir('..')"
-LOCK = "held = capabilities.read().permitted\n    chroot = {capabilities.Capability.CAP_SYS_CHROOT}"
+ANSWERS = {
+    path.stem[1:]: runpy.run_path(str(path))
+    for path in (Path(__file__).parent / "wrong_answers").glob("e*.py")
+}
+"""A file a notebook: `WRONG`, answers that somebody might give, by exercise; and what is `GIVEN` to all its answers.
+
+Each wrong answer must fail; the empty one, which is in the notebook, is tried besides.
+"""
 
 WRONG: dict[str, list[str]] = {
-    "00.1": [
-        "def will_run(findings, needs):\n    return list(needs)",
-        "def will_run(findings, needs):\n    return ['00-start-here', '03-chroot']",
-        "def will_run(findings, needs):\n"
-        "    return [n for n, wanted in needs.items() if any(f.ok for f in findings if f.name in wanted)]",
-        "def will_run(findings, needs):\n    print('00-start-here')",
-    ],
-    "00.2": [
-        "def wander():\n    return '/'",
-        "def wander():\n    os.chdir('/tmp')",
-        "def wander():\n    in_child(os.chdir, '/')",
-    ],
-    "03.1": [
-        f"def my_escape():\n    {LEAP}\n    os.chroot('.')",
-        "def my_escape():\n    os.chroot('..')",
-        f"def my_escape():\n    os.mkdir('x')\n    os.chroot('x')\n    os.chdir('/')\n    {LEAP}\n    os.chroot('.')",
-        f"def my_escape():\n    os.mkdir('door')\n    os.chroot('door')\n    {LEAP}",
-        "def my_escape():\n    print('out again: True')",
-        "def my_escape():\n    os._exit(0)",
-    ],
-    "03.2": ["the_power = 'CAP_SYS_ADMIN'", "the_power = 'root'", "the_power = 'ALL'", "the_power = 18"],
-    "03.3": [
-        "def lock_up(path):\n    pass",
-        "def lock_up(path):\n    go_in(path)\n    os.closerange(3, 4096)",
-        f"def lock_up(path):\n    {LOCK}\n    go_in(path)\n    capabilities.limit_to(held - chroot)",
-        f"def lock_up(path):\n    {LOCK}\n    os.chroot(path)\n    os.closerange(3, 4096)\n"
-        "    capabilities.limit_to(held - chroot)",
-        f"def lock_up(path):\n    {LOCK}\n    go_in(path)\n    os.closerange(3, 4096)\n"
-        "    capabilities.capset(held, held - chroot)",
-        f"def lock_up(path):\n    {LOCK}\n    os.closerange(3, 4096)\n    capabilities.limit_to(held - chroot)",
-        "def lock_up(path):\n    os._exit(0)",
-    ],
-    "23.1": [
-        "mine = 'a container with 48 MiB'",
-        "mine = Container(rootfs, ['sleep', '60'], memory='48M', cpus=0.25, pids_limit=8)",
-        "mine = Container(rootfs, ['sleep', '60'], memory='480M', cpus=0.25, pids_limit=8).start()",
-        "mine = Container(rootfs, ['sleep', '60'], memory='48M', cpus=0.25, pids_limit=8, seccomp='unconfined')\n"
-        "mine.start()",
-    ],
-    "23.2": [
-        "def two_servers(first, second):\n    return [None, None]",
-        "def two_servers(first, second):\n"
-        "    return [Container(rootfs, ['sleep', '60'], network='host').start() for _ in range(2)]",
-        "def two_servers(first, second):\n    serve = ['python3', '-m', 'http.server', '8000', '-d', '/root']\n"
-        "    return [Container(rootfs, serve, publish=[f'{port}:8000']).start() for port in (first, second)]",
-    ],
-    "23.3": [
-        "budget = {'memory': '512M', 'pids_limit': 100}",
-        "budget = {'memory': '8M', 'pids_limit': 7}",
-        "budget = {'memory': '56M'}",
-    ],
+    name: some for file in ANSWERS.values() for name, some in file["WRONG"].items()
 }
-"""Answers that somebody might give. Each must fail; the empty one, which is in the notebook, is tried besides."""
-
-GIVEN: dict[str, dict[str, Any]] = {"23": {"rootfs": "python"}}
-"""What a notebook makes at length before its exercises, and a test takes ready-made."""
+GIVEN: dict[str, dict[str, Any]] = {number: file.get("GIVEN", {}) for number, file in ANSWERS.items()}
 
 
 @dataclass(frozen=True)
