@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from labkernel.children import in_child
-from labkernel.linux import mounts, syscalls
+from labkernel.linux import capabilities, mounts, syscalls
 from tests.helpers import own_home
 
 
@@ -336,6 +336,76 @@ def test_pivot_root_leaves_nothing_of_the_old_root(tmp_path: Path) -> None:
 
 def test_pivot_root_into_what_is_no_mount_is_told() -> None:
     assert apart(lambda: error_of(mounts.pivot_root_into, "b")) == "EINVAL"
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("nothing", ""),
+        ("stacked", ""),
+        ("no mount point", "new_root is not a mount point"),
+        ("put_old elsewhere", "put_old does not lie below new_root"),
+        ("a file", "must be directories"),
+        ("shared", "is shared"),
+        ("shared above", "is shared"),
+        ("the root itself", "lies in the mount that is the root now"),
+        ("in a chroot", "the root of this process is not a mount point"),
+        ("no power", "CAP_SYS_ADMIN"),
+    ],
+)
+def test_what_stands_in_the_way_of_pivot_root(case: str, words: str) -> None:
+    """The list and the kernel agree: where the list is empty, and only there, the call goes through."""
+
+    def work() -> tuple[list[str], str]:
+        os.mkdir("a/old")
+        new_root, put_old = "a", "a/old"
+        if case != "no mount point":
+            mounts.tmpfs("a")
+            os.mkdir("a/old")
+        match case:
+            case "stacked":
+                put_old = "a"
+            case "put_old elsewhere":
+                mounts.tmpfs("b")
+                put_old = "b"
+            case "a file":
+                Path("a/file").write_text("x")
+                put_old = "a/file"
+            case "shared":
+                mounts.set_propagation("a", "shared")
+            case "shared above":
+                mounts.set_propagation(".", "shared", recursive=False)
+            case "the root itself":
+                new_root = put_old = "/"
+            case "in a chroot":
+                os.mkdir("proc")
+                mounts.bind("/proc", "proc", recursive=True)
+                mounts.bind("/tmp", "b", recursive=True)
+                os.mkdir("c/jail")
+                os.mkdir("c/jail/proc")
+                mounts.bind("/proc", "c/jail/proc", recursive=True)
+                os.mkdir("c/jail/new")
+                mounts.tmpfs("c/jail/new")
+                os.chroot("c/jail")
+                os.chdir("/")
+                new_root = put_old = "new"
+            case "no power":
+                capabilities.capset(frozenset(), frozenset())
+        found = mounts.pivot_root_obstacles(new_root, put_old)
+        return found, error_of(syscalls.pivot_root, new_root, put_old)
+
+    found, answer = apart(work)
+    assert any(words in text for text in found) if words else not found
+    assert (answer == "done") == (not found), (found, answer)
+
+
+def test_the_number_of_a_mount() -> None:
+    def work() -> tuple[bool, bool]:
+        mounts.tmpfs("a")
+        numbers = {mount.mount_point: mount.mount_id for mount in mounts.mountinfo()}
+        return mounts.mount_id("a") == numbers["/tmp/a"], mounts.mount_id("b") == numbers["/tmp"]
+
+    assert apart(work) == (True, True)
 
 
 # ---------------------------------------------------------------------- mountinfo

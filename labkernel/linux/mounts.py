@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from labkernel.linux import syscalls
+from labkernel.linux import capabilities, syscalls
 from labkernel.linux.syscalls import (
     AT_FDCWD,
     MNT_DETACH,
@@ -146,6 +146,43 @@ def make_read_only(path: PathLike) -> None:
         syscalls.mount(os.fspath(path), path, None, MS_BIND | MS_REC)
         flags = MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC
         syscalls.mount(None, path, None, flags)
+
+
+def mount_id(path: PathLike) -> int:
+    """The number, as in mountinfo, of the mount in which `path` lies (man 5 proc, /proc/PID/fdinfo)."""
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        lines = Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines()
+    finally:
+        os.close(fd)
+    return next(int(line.split()[1]) for line in lines if line.startswith("mnt_id:"))
+
+
+def pivot_root_obstacles(new_root: PathLike, put_old: PathLike) -> list[str]:
+    """What stands in the way of `pivot_root(new_root, put_old)`, in words; nothing, where it will work.
+
+    The conditions are those of man 2 pivot_root. One cannot be seen from here: a mount that was inherited from the
+    namespace of another, more powerful user is locked in its place. One that we bind ourselves is not.
+    Raises FileNotFoundError; needs a /proc.
+    """
+    seen = {mount.mount_id: mount for mount in mountinfo()}
+    root, new, old = (seen.get(mount_id(path)) for path in ("/", new_root, put_old))
+    parent = seen.get(new.parent_id) if new else None
+    top, below = os.path.realpath(new_root), os.path.realpath(put_old)
+    tags = [tag for mount in (old, parent) if mount for tag in mount.propagation]
+    conditions = {
+        "CAP_SYS_ADMIN is not held": capabilities.Capability.CAP_SYS_ADMIN in capabilities.read().effective,
+        "new_root and put_old must be directories": os.path.isdir(top) and os.path.isdir(below),
+        "the root of this process is not a mount point": root is not None and root.mount_point == "/",
+        "the root is the kernel's first one, which stays": root is None or root.parent_id != root.mount_id,
+        "new_root or put_old lies in the mount that is the root now": root is None or root not in (new, old),
+        "new_root is not a mount point": new is not None and new.mount_point == top,
+        "put_old does not lie below new_root": os.path.commonpath([top, below]) == top,
+        "a mount is shared: the one of put_old, or the one above new_root": not any(
+            tag.startswith("shared:") for tag in tags
+        ),
+    }
+    return [words for words, holds in conditions.items() if not holds]
 
 
 def pivot_root_into(new_root: PathLike) -> None:
