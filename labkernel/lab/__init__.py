@@ -9,6 +9,7 @@ lab.show_walls(function)                    the picture
 with lab.calmly(PermissionError): …         a failure that is expected
 lab.check("03.1", answer)                   the check of an exercise
 lab.show_source(function)                   how it looks in labkernel
+lab.scratch()                               a directory on the disk for experiments
 lab.end()                                   the clean-up cell
 """
 
@@ -19,6 +20,7 @@ from labkernel.lab.checks import check
 from labkernel.lab.look import look
 from labkernel.lab.notebook import begin, end, requirements, show_source
 from labkernel.lab.quiz import predict
+from labkernel.lab.scratch import scratch
 from labkernel.lab.table import inside_outside
 from labkernel.lab.walls import show_walls
 
@@ -31,6 +33,7 @@ __all__ = [
     "look",
     "predict",
     "requirements",
+    "scratch",
     "show_source",
     "show_walls",
 ]

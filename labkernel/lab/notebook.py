@@ -52,8 +52,10 @@ def end() -> None:
     The launcher is ended with everything that it runs; the next cell that needs one starts another.
     """
     from labkernel.lab import checks
+    from labkernel.lab.scratch import remove
 
     started = _descendants()
+    remove()
     children.close_launcher()
     checks.forget()
     left = _left(started)
