@@ -9,6 +9,7 @@ lab.show_walls(function)                    the picture
 with lab.calmly(PermissionError): …         a failure that is expected
 lab.check("03.1", answer)                   the check of an exercise
 lab.show_source(function)                   how it looks in labkernel
+lab.in_fork(function)                       once more fork, for namespaces that hold for children
 lab.scratch()                               a directory on the disk for experiments
 lab.end()                                   the clean-up cell
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 from labkernel.lab.calm import calmly
 from labkernel.lab.checks import check
+from labkernel.lab.fork import in_fork
 from labkernel.lab.look import look
 from labkernel.lab.notebook import begin, end, requirements, show_source
 from labkernel.lab.quiz import predict
@@ -29,6 +31,7 @@ __all__ = [
     "calmly",
     "check",
     "end",
+    "in_fork",
     "inside_outside",
     "look",
     "predict",
