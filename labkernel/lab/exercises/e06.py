@@ -8,14 +8,13 @@ import secrets
 import shutil
 import stat
 import tarfile
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from labkernel import state
 from labkernel.image.layer import OPAQUE, WHITEOUT
 from labkernel.lab.checks import NotYet, exercise, run_answer
+from labkernel.lab.scratch import temporary
 from labkernel.lab.watch import watched
 from labkernel.linux import mounts, syscalls
 
@@ -204,14 +203,10 @@ def _name(entry: tarfile.TarInfo) -> str:
 @contextlib.contextmanager
 def _place() -> Iterator[Path]:
     """A directory with empty base, patch, upper, work and merged, where overlay can write."""
-    state.home().mkdir(parents=True, exist_ok=True)
-    place = Path(tempfile.mkdtemp(prefix=state.PREFIX, dir=state.home())).resolve()
-    try:
+    with temporary() as place:
         for name in ("base", "patch", "upper", "work", "merged"):
             (place / name).mkdir()
         yield place
-    finally:
-        run_answer(shutil.rmtree, place)
 
 
 def _fill(directory: Path, files: Mapping[str, str]) -> None:
