@@ -179,6 +179,17 @@ def test_there_missing_says_why_in_one_line() -> None:
     assert out.count("\n") == 1
 
 
+def test_there_missing_tells_what_all_fail_for_and_once() -> None:
+    """Who is skipped reads the machine's answer, not "see userns"."""
+    wanted = ["publish", "seccomp", "overlay", "wings"]
+    script = f"from labkernel.lab import doctor; print(*doctor.missing({wanted}), sep='\\n')"
+    _, out, errors = on_a_machine_that_forbids(script)
+    assert errors == ""
+    first, second = out.splitlines()
+    assert first.startswith("userns: ") and "What to do: sudo sysctl" in first
+    assert second == "wings: the doctor knows no such thing."
+
+
 def test_in_a_container_it_says_that_no_child_can_be_started(here: dict[str, Finding]) -> None:
     if not here["seccomp"].ok:
         pytest.skip(f"no container here: {here['seccomp'].detail}")

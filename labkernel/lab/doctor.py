@@ -125,17 +125,22 @@ def _nothing_can_be_tried(error: Exception) -> Iterator[Finding]:
 
 
 def missing(requires: Sequence[str]) -> list[str]:
-    """What this machine lacks of `requires` (names of findings), each with the reason and the remedy in one line."""
+    """What this machine lacks of `requires` (names of findings), each with the reason and the remedy in one line.
+
+    Where several of them fail for the same reason ("see cgroup"), that reason is told, and once.
+    """
     if not requires:
         return []
     found = {finding.name: finding for finding in examine()}
-    lacking = []
+    lacking: dict[str, None] = {}  # in the order in which they were met
     for name in requires:
         finding = found.get(name) or Finding(name, False, "the doctor knows no such thing")
+        while finding.remedy.startswith("see "):
+            finding = found[finding.remedy.removeprefix("see ")]
         if not finding.ok:
             remedy = f" What to do: {finding.remedy}." if finding.remedy else ""
-            lacking.append(f"{name}: {finding.detail}.{remedy}")
-    return lacking
+            lacking[f"{finding.name}: {finding.detail}.{remedy}"] = None
+    return list(lacking)
 
 
 # ---------------------------------------------------------------------- users and namespaces
