@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import os
+import signal
 from collections import Counter
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack
@@ -24,6 +25,8 @@ from nbval.plugin import coalesce_streams
 from notebook_tools import client, kernel, missing, surroundings
 
 os.environ.update(surroundings())
+# A shell lets its background jobs ignore Ctrl-C, and so all that they start; some tests are about Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Notebook(nbval.plugin.IPyNbFile):  # type: ignore[misc]
