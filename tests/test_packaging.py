@@ -79,11 +79,17 @@ def test_conda_users_get_all_that_the_lab_needs() -> None:
     assert {Requirement(line).name for line in PROJECT["project"]["dependencies"]} <= have
 
 
+MAKE = ["make", "--no-print-directory", "--directory", str(ROOT)]
+
+
+def surroundings() -> dict[str, str]:
+    """Return our environment as somebody at a shell has it, not as a make has it that has started us."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+
+
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run make in this project, as somebody at a shell would."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
-    command = ["make", "--no-print-directory", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run([*MAKE, *arguments], env=surroundings(), capture_output=True, text=True, timeout=60)
 
 
 def test_help_lists_every_target() -> None:
@@ -184,15 +190,21 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def lab(home: Path) -> Iterator[str]:
-    """Start JupyterLab as `make lab` does; give its address with the token; stop it by Ctrl-C."""
+def lab(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Start JupyterLab by `make lab`; give its address with the token; stop it by Ctrl-C."""
     with socket.socket() as taken:  # the port asked for is in use: it takes the next one
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        command = [sys.executable, str(ROOT / "scripts" / "lab.py"), f"--port={port}", "--no-browser"]
-        environment = {**os.environ, "HOME": str(home)}
-        with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        command = [*MAKE, f"PORT={port}", "ARGS=--no-browser", "lab"]
+        environment = surroundings() | {
+            "HOME": str(home),
+            "LABKERNEL_HOME": str(tmp_path_factory.mktemp("lab")),
+        }
+        with subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            start_new_session=True,
+        ) as process:  # fmt: skip
             assert process.stderr is not None
             for line in process.stderr:
                 if match := re.search(r"http://127\.0\.0\.1:(\d+)/\S+token=\w+", line):
@@ -200,7 +212,7 @@ def lab(home: Path) -> Iterator[str]:
                     answers(int(match[1]))
                     yield match[0]
                     break
-            process.send_signal(signal.SIGINT)
+            os.killpg(process.pid, signal.SIGINT)  # as the terminal sends it: to all in the foreground
             rest = process.stderr.read()
             process.wait(timeout=20)
     assert "Shutdown this Jupyter server" not in rest
