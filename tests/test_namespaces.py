@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from labkernel import children
 from labkernel.children import in_child
 from labkernel.container import Container
+from labkernel.lab.look import program_of
 from labkernel.linux import namespaces, syscalls
 from labkernel.spec import BadOption
 from tests.helpers import inside, own_home, rootless
@@ -217,6 +219,23 @@ def test_enter_a_containers_namespaces(kinds: tuple[str, ...]) -> None:
     with Container("python", ["sleep", "60"], hostname="box") as container:
         assert container.pid
         assert set(in_child(work, container.pid)) == set(kinds)
+
+
+def test_nsenter_leads_to_where_enter_does() -> None:
+    """The real tool, from util-linux; it too is run by a child of the lab, which has the power over the container."""
+
+    def by_nsenter(pid: int, kind: str) -> str:
+        command = ["nsenter", f"--target={pid}", f"--{kind}", "readlink", f"/proc/self/ns/{kind}"]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    def by_hand(pid: int, kind: str) -> str:
+        namespaces.enter(pid, [kind])
+        return os.readlink(f"/proc/self/ns/{kind}")
+
+    with Container("python", ["sleep", "60"]) as container:
+        pid = program_of(container)
+        for kind in ("uts", "ipc", "net", "cgroup"):
+            assert in_child(by_nsenter, pid, kind) == in_child(by_hand, pid, kind)
 
 
 def test_entering_where_one_is_already_does_nothing() -> None:
