@@ -40,7 +40,8 @@ TOOLS = (
         "kill",
         "ln",
     ),
-    *("ls", "mkdir", "mount", "mv", "ps", "rm", "sleep", "tail", "touch", "true", "umount", "uname", "wc"),
+    *("ls", "mkdir", "mount", "mv", "ps", "rm", "sleep", "tail", "touch", "true", "umount", "uname"),
+    *("uptime", "wc"),
 )
 
 
