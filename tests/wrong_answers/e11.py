@@ -5,15 +5,12 @@ import os
 from labkernel.linux import users
 
 RANGE = os.geteuid() == 0 or users.subid_range() is not None
-"""Whether there are several ids; with a single one, some mistakes make no difference."""
+"""Whether there are several ids; with a single one, and setgroups denied above, some mistakes make no difference."""
 
 WRONG: dict[str, list[str]] = {
     "11.1": [
         "def become_both(uid_inside, gid_inside):\n    become(gid_inside)",
         "def become_both(uid_inside, gid_inside):\n    syscalls.unshare(syscalls.CLONE_NEWUSER)",
-        "def become_both(uid_inside, gid_inside):\n    syscalls.unshare(syscalls.CLONE_NEWUSER)\n"
-        "    Path('/proc/self/uid_map').write_text(f'{uid_inside} 0 1')\n"
-        "    Path('/proc/self/gid_map').write_text(f'{gid_inside} 0 1')",
         "def become_both(uid_inside, gid_inside):\n    syscalls.unshare(syscalls.CLONE_NEWUSER)\n"
         "    Path('/proc/self/setgroups').write_text('deny')\n"
         "    Path('/proc/self/uid_map').write_text('1234 0 1')\n"
@@ -25,7 +22,6 @@ WRONG: dict[str, list[str]] = {
     "11.2": [
         "def give(pid, path, count):\n    Path(f'/proc/{pid}/uid_map').write_text(f'0 {os.stat(path).st_uid} {count}')",
         "def give(pid, path, count):\n    os.chown(path, 0, 0)",
-        "def give(pid, path, count):\n    users.write_maps(pid, (users.IdMap(os.stat(path).st_uid, 0, count),))",
         "def give(pid, path, count):\n    users.write_maps(pid, (users.IdMap(1, os.stat(path).st_uid, count),))",
         "def give(pid, path, count):\n    os._exit(0)",
     ],
@@ -42,7 +38,13 @@ WRONG: dict[str, list[str]] = {
     ],
 }
 if RANGE:
+    WRONG["11.1"] += [
+        "def become_both(uid_inside, gid_inside):\n    syscalls.unshare(syscalls.CLONE_NEWUSER)\n"
+        "    Path('/proc/self/uid_map').write_text(f'{uid_inside} 0 1')\n"
+        "    Path('/proc/self/gid_map').write_text(f'{gid_inside} 0 1')",
+    ]
     WRONG["11.2"] += [
+        "def give(pid, path, count):\n    users.write_maps(pid, (users.IdMap(os.stat(path).st_uid, 0, count),))",
         "def give(pid, path, count):\n    users.write_maps(pid, (users.IdMap(0, os.stat(path).st_uid, count),))",
         "def give(pid, path, count):\n    users.write_maps(pid, (users.IdMap(0, 0, 65536),))",
         "def give(pid, path, count):\n    file = os.stat(path)\n"
