@@ -398,6 +398,8 @@ def _enter_and_run(
         into = group.into_fd if group else None
         own_view = os.open(f"/proc/{init.pid}/ns/cgroup", os.O_RDONLY | os.O_CLOEXEC)
         kinds = set(record["namespaces"])
+        # What comes in is a copy of us until it executes the program; the container's root may be our own user.
+        syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
         namespaces.enter(init.pid, kinds - {"cgroup"})
 
         def inside() -> NoReturn:

@@ -376,7 +376,8 @@ status = dict(line.split(':', 1) for line in open('/proc/self/status').read().sp
 result = [status['SigBlk'].strip(), status['ShdPnd'].strip(), os.nice(0), os.umask(0), os.getcwd(),
           os.getpgid(0) == os.getpid()]
 """
-    assert inside(program) == ["0" * 16, "0" * 16, 0, 0o022, "/", True]
+    nice = os.nice(0)  # these tests may be run with less urgency than others
+    assert inside(program) == ["0" * 16, "0" * 16, nice, 0o022, "/", True]
     ended = Container("python", ["grep", "SigIgn", "/proc/self/status"]).run()
     assert ended.stdout.split()[1].strip(b"0") == b""
 
@@ -465,7 +466,9 @@ while not os.path.exists('/tmp/stop') and time.monotonic() < end:
         for name in ('exe', 'cwd', 'root'):
             try: path = os.readlink(f'/proc/{pid}/{name}')
             except OSError: continue
-            if name == 'exe' and not path.startswith('/usr/'): caught.add(path)
+            try: ours = name != 'exe' or os.path.samefile(f'/proc/{pid}/exe', path)
+            except OSError: ours = os.path.exists(path)
+            if not ours: caught.add(path)
             if name != 'exe' and path not in ('/',): caught.add(f'{name} {path}')
         try:
             for fd in os.listdir(f'/proc/{pid}/fd'):
