@@ -43,7 +43,9 @@ def test_every_subject_runs(
     )
     rows = json.loads((tmp_path / "bench.json").read_text())
     assert all(set(row) == {"benchmark", "subject", "median_ms", "runs"} for row in rows)
-    assert all(row["median_ms"] > 0 and row["runs"] == 2 for row in rows)
+    assert all(row["runs"] == 2 for row in rows)
+    # The import is told as a difference, which two noisy rounds may well make 0.
+    assert all(row["median_ms"] > 0 for row in rows if row["benchmark"] != "import")
     printed = capsys.readouterr().out
     seen = {row["subject"] for row in rows if row["benchmark"] == "start-to-exit"}
     for name in ("labkernel", "labkernel-cli", "crun", "runc", "bwrap", "unshare", "bare-c"):

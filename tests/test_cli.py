@@ -8,16 +8,14 @@ import os
 import pty
 import re
 import select
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import termios
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -28,6 +26,7 @@ import pytest
 from labkernel import cli, state
 from labkernel.container import cgroup_at
 from tests.helpers import environment, needs_ids, needs_limits, own_home
+from tests.ordinary_user import PYTHON, User, copy_package, ordinary_user
 
 ROOT = Path(__file__).parent.parent
 LABKERNEL = [sys.executable, "-m", "labkernel"]
@@ -702,23 +701,18 @@ def test_clean_all_leaves_nothing(tmp_path: Path) -> None:
 
 
 @dataclass
-class User:
+class Student:
     """Somebody without rights, who has a copy of this package and of what it needs."""
 
-    name: str
-    home: Path
-    python: str
+    user: User
+    variables: dict[str, str]
 
     def lab(self, *words: str, input: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-        names = {
-            "PATH": os.environ["PATH"],
-            "HOME": str(self.home),
-            "PYTHONPATH": str(self.home / "packages"),
-        }
-        return subprocess.run(
-            [self.python, "-m", "labkernel", *words], cwd=self.home, env=names, user=self.name, group=self.name,
-            extra_groups=[], input=input, capture_output=True, timeout=PATIENCE,
-        )  # fmt: skip
+        command = [PYTHON, "-m", "labkernel", *words]
+        done: subprocess.CompletedProcess[bytes] = self.user.run(
+            *command, variables=self.variables, input=input, timeout=PATIENCE
+        )
+        return done
 
     def printed(self, *words: str) -> str:
         done = self.lab(*words)
@@ -727,67 +721,21 @@ class User:
 
 
 @pytest.fixture(scope="module")
-def student(home: Path) -> Iterator[User]:
+def student(home: Path) -> Iterator[Student]:
     if os.geteuid() != 0:
         pytest.skip("these tests are run by an ordinary user already; only root can make another one")
-    useradd, userdel = (shutil.which(name, path="/usr/sbin:/sbin") for name in ("useradd", "userdel"))
-    if not (useradd and userdel):
-        pytest.skip("there is no useradd here to make an ordinary user with")
-    name = f"labkernel-{os.getpid()}"
-    with tempfile.TemporaryDirectory(prefix="lk-user-", dir="/tmp") as directory:
-        place = Path(directory) / "home"
-        os.chmod(directory, 0o755)
-        subprocess.run([useradd, "--create-home", "--home-dir", str(place), name], check=True)
-        try:
-            place.chmod(0o755)
-            yield User(name, place, _python_for(name, _packages(place / "packages")))
-        finally:
-            subprocess.run([userdel, "--remove", name], check=True, capture_output=True)
+    with ordinary_user() as user:
+        yield Student(user, copy_package(user))
 
 
-def _packages(place: Path) -> Path:
-    """Copies that everybody may read: ours may lie below somebody's closed home."""
-    import importlib.util
-
-    shutil.copytree(ROOT / "labkernel", place / "labkernel", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("click", "cloudpickle", "elftools", "psutil", "pyroute2", "tqdm", "zstandard"):
-        found = importlib.util.find_spec(name)
-        assert found and found.submodule_search_locations
-        shutil.copytree(found.submodule_search_locations[0], place / name)
-    return place
-
-
-def _python_for(name: str, packages: Path) -> str:
-    """An interpreter of our version that an ordinary user can start."""
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    why = []
-    for python in (
-        os.path.realpath(sys.executable),
-        f"/usr/bin/python{version}",
-        f"/usr/local/bin/python{version}",
-    ):
-        words, names = [python, "-c", "import labkernel.cli, zstandard"], {"PYTHONPATH": str(packages)}
-        try:
-            tried = subprocess.run(
-                words, env=names, cwd="/", user=name, group=name, extra_groups=[], capture_output=True
-            )
-        except OSError as error:
-            why.append(str(error))
-            continue
-        if tried.returncode == 0:
-            return python
-        why.append(f"{python}: {tried.stderr.decode().strip().rpartition(chr(10))[2]}")
-    pytest.skip(f"there is no Python {version} here that an ordinary user can start: {'; '.join(why)}")
-
-
-def test_an_ordinary_user_builds_and_runs(student: User) -> None:
+def test_an_ordinary_user_builds_and_runs(student: Student) -> None:
     assert "sha256:" in student.printed("build")
     assert student.printed("run", "--rm", "id", "-u") == "0\n"
     assert student.lab("run", "--rm", "sh", "-c", "exit 3").returncode == 3
     assert student.lab("run", "--rm", "-i", "cat", input=b"hi\n").stdout == b"hi\n"
 
 
-def test_an_ordinary_users_container_that_runs_without_them(student: User) -> None:
+def test_an_ordinary_users_container_that_runs_without_them(student: Student) -> None:
     port = free_port()
     web = ["--publish", f"{port}:8000", "python3", "-m", "http.server", "8000"]
     student.printed("run", "--detach", "--name", "web", *web)
@@ -804,24 +752,14 @@ def test_an_ordinary_users_container_that_runs_without_them(student: User) -> No
         student.lab("rm", "--force", "web")
 
 
-def test_an_ordinary_user_asks_for_a_limit(student: User) -> None:
+def test_an_ordinary_user_asks_for_a_limit(student: Student) -> None:
     """It holds, or it is said why it cannot be had; it is never silently left out."""
     done = student.lab("run", "--rm", "--memory", "64M", "true")
     assert done.returncode == 0 or (done.returncode == 125 and b"limits are asked for (memory" in done.stderr)
 
 
-def test_an_ordinary_user_leaves_nothing(student: User) -> None:
+def test_an_ordinary_user_leaves_nothing(student: Student) -> None:
     student.printed("run", "--detach", "--name", "last", "sleep", "1000")
     assert "removed container last" in student.printed("clean", "--all")
-    assert not (student.home / ".local" / "share" / "labkernel").exists()
-    waited_for(lambda: _processes_of(student.name) == [], "the end of the user's last process")
-
-
-def _processes_of(name: str) -> Sequence[str]:
-    import psutil
-
-    found = []
-    for process in psutil.process_iter(["username", "status", "cmdline"]):
-        if process.info["username"] == name and process.info["status"] != psutil.STATUS_ZOMBIE:
-            found.append(str(process.info["cmdline"]))
-    return found
+    assert not (student.user.home / ".local" / "share" / "labkernel").exists()
+    waited_for(lambda: student.user.processes() == [], "the end of the user's last process")
