@@ -1,4 +1,4 @@
-"""in_fork: the second fork, which pid and time namespaces ask for."""
+"""in_fork: the second fork, which pid and time namespaces ask for. waiting: a process to look at."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from labkernel.children import ChildFailed, in_child
-from labkernel.lab.fork import in_fork
+from labkernel.lab.fork import in_fork, waiting
 from labkernel.linux import syscalls
 from tests.helpers import own_home
 
@@ -87,3 +87,27 @@ def test_somebody_who_lives_on_does_not_hold_it_up() -> None:
     before = time.monotonic()
     assert forked(work) == "done"
     assert time.monotonic() - before < 100
+
+
+def test_a_process_waits_when_it_has_done_its_steps() -> None:
+    def work() -> tuple[bool, str, bool]:
+        done, do = os.pipe()
+        pid = waiting(lambda: os.write(do, b"one "), lambda: os.write(do, b"two"))
+        return pid != os.getpid(), os.read(done, 100).decode(), Path(f"/proc/{pid}").exists()
+
+    assert in_child(work) == (True, "one two", True)
+
+
+def test_it_ends_with_whoever_started_it() -> None:
+    pid = in_child(waiting)
+    end = time.monotonic() + 20
+    while Path(f"/proc/{pid}").exists():  # killed at once, and reaped by the launcher a moment later
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_what_a_step_raises_is_raised_here() -> None:
+    with pytest.raises(ZeroDivisionError):
+        in_child(waiting, lambda: 1 // 0)
+    with pytest.raises(ChildProcessError, match="before it had done"):
+        in_child(waiting, lambda: os._exit(0))

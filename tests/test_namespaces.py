@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import time
@@ -14,8 +15,9 @@ import pytest
 from labkernel import children
 from labkernel.children import in_child
 from labkernel.container import Container
+from labkernel.lab.fork import in_fork, waiting
 from labkernel.lab.look import program_of
-from labkernel.linux import namespaces, syscalls
+from labkernel.linux import mounts, namespaces, syscalls
 from labkernel.spec import BadOption
 from tests.helpers import inside, own_home, rootless
 
@@ -260,3 +262,44 @@ def test_a_namespace_lives_as_long_as_somebody_holds_it() -> None:
 
     name, then, now = in_child(work)
     assert (name, then) == ("kept", now)
+
+
+def test_lsns_agrees_with_the_real_one() -> None:
+    """In a pid namespace of its own, where nobody comes and goes; each of the two is one more process in there."""
+    if not shutil.which("lsns"):
+        pytest.skip("there is no lsns (package util-linux)")
+    columns = "NS,TYPE,NPROCS,PID"
+
+    def both() -> tuple[str, dict[tuple[str, int], list[int]]]:
+        mounts.proc("/proc")
+        first = waiting(lambda: syscalls.unshare(syscalls.CLONE_NEWUTS | syscalls.CLONE_NEWNET))
+        waiting(lambda: namespaces.enter(first, ["uts"]), lambda: syscalls.unshare(syscalls.CLONE_NEWIPC))
+        waiting()
+        command = ["lsns", "--noheadings", "--raw", "--output", columns]
+        return subprocess.run(command, capture_output=True, text=True).stdout, in_fork(namespaces.lsns)
+
+    def work() -> tuple[str, dict[tuple[str, int], list[int]]]:
+        syscalls.unshare(syscalls.CLONE_NEWPID | syscalls.CLONE_NEWNS)
+        mounts.set_propagation("/", "private")
+        return in_fork(both)
+
+    theirs, ours = in_child(work)
+    lines = {(str(inode), kind, str(len(pids)), str(pids[0])) for (kind, inode), pids in ours.items()}
+    assert {tuple(line.split()) for line in theirs.splitlines()} == lines
+    kinds = [kind for kind, _ in ours]
+    assert {kind: kinds.count(kind) for kind in ("uts", "net", "ipc", "user")} == {
+        "uts": 2, "net": 2, "ipc": 2, "user": 1,
+    }  # fmt: skip
+
+
+def test_lsns_leaves_out_what_no_process_is_in() -> None:
+    def work() -> tuple[bool, bool]:
+        pid = waiting(lambda: syscalls.unshare(syscalls.CLONE_NEWUTS))
+        with namespaces.opened(pid, "uts") as fd:
+            key = ("uts", os.fstat(fd).st_ino)
+            before = namespaces.lsns().get(key) == [pid]
+            os.kill(pid, 9)
+            os.waitpid(pid, 0)
+            return before, key in namespaces.lsns()
+
+    assert in_child(work) == (True, False)

@@ -10,6 +10,7 @@ with lab.calmly(PermissionError): …         a failure that is expected
 lab.check("03.1", answer)                   the check of an exercise
 lab.show_source(function)                   how it looks in labkernel
 lab.in_fork(function)                       once more fork, for namespaces that hold for children
+lab.waiting(step, …)                        a process that does these steps and then waits
 lab.scratch()                               a directory on the disk for experiments
 lab.end()                                   the clean-up cell
 """
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 from labkernel.lab.calm import calmly
 from labkernel.lab.checks import check
-from labkernel.lab.fork import in_fork
+from labkernel.lab.fork import in_fork, waiting
 from labkernel.lab.look import look
 from labkernel.lab.notebook import begin, end, requirements, show_source
 from labkernel.lab.quiz import predict
@@ -39,4 +40,5 @@ __all__ = [
     "scratch",
     "show_source",
     "show_walls",
+    "waiting",
 ]

@@ -1,4 +1,4 @@
-"""Run a function in a fork: the pid and the time namespace hold for the children of whoever makes them."""
+"""Processes for experiments: one that runs a function in a fork, and one that does something and then waits."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import pickle
 import signal
 import sys
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import NoReturn, TypeVar, cast
 
 from labkernel.children import ChildFailed, memory_file
+from labkernel.linux import syscalls
 
 T = TypeVar("T")
 
@@ -50,3 +51,48 @@ def in_fork(function: Callable[..., T], *arguments: object) -> T:
     if not went_well:
         raise value
     return cast(T, value)
+
+
+def waiting(*steps: Callable[[], object]) -> int:
+    """Fork a process that does these steps and then waits to be killed; return its pid when it has done them.
+
+    For use inside a child of the lab (`in_child`), and the new process ends when that one does. What a step raises is
+    raised here. Raises ChildProcessError when the process ended in the middle.
+    """
+    sys.stdout.flush()
+    said, say = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        _do_and_wait(steps, say)
+    os.close(say)
+    with open(said, "rb") as file:
+        raw = file.read()
+    if raw == DONE:
+        return pid
+    os.waitpid(pid, 0)
+    if not raw:
+        raise ChildProcessError("the process ended before it had done all that it was to do")
+    raise pickle.loads(raw)
+
+
+DONE = b"done"
+
+
+def _do_and_wait(steps: tuple[Callable[[], object], ...], say: int) -> NoReturn:
+    import cloudpickle
+
+    try:
+        syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
+        answer = DONE
+        try:
+            for step in steps:
+                step()
+        except Exception as error:
+            answer = cloudpickle.dumps(error)
+        sys.stdout.flush()
+        os.write(say, answer)
+        os.close(say)
+        while answer == DONE:
+            signal.pause()
+    finally:
+        os._exit(1)

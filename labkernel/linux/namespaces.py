@@ -64,6 +64,21 @@ def shared(one: int | str, other: int | str) -> dict[str, bool]:
     return {kind: left[kind] == right[kind] for kind in left if kind in right}
 
 
+def lsns() -> dict[tuple[str, int], list[int]]:
+    """The namespaces that processes are in, by kind and inode number, with their pids: what lsns(8) lists.
+
+    Processes at which we may not look are left out, as they are there; and so is a namespace that no process is in.
+    """
+    found: dict[tuple[str, int], list[int]] = {}
+    for pid in sorted(int(name) for name in os.listdir("/proc") if name.isdigit()):
+        try:
+            for kind, inode in inodes(pid).items():
+                found.setdefault((kind, inode), []).append(pid)
+        except (PermissionError, ProcessLookupError):  # somebody else's; or it has ended since
+            continue
+    return found
+
+
 def supported() -> list[str]:
     """The kinds that this kernel has."""
     return [kind for kind in FLAGS if os.path.exists(f"/proc/self/ns/{kind}")]
