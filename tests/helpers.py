@@ -84,6 +84,11 @@ def rootless() -> bool:
     return os.geteuid() != 0
 
 
+def emulated() -> bool:
+    """Whether the processor is a program: slow, and its time is not what it seems."""
+    return "QEMU TCG" in Path("/proc/cpuinfo").read_text()
+
+
 def facts() -> dict[str, Any]:
     """What the launcher has to work with on this machine."""
     return children.launcher().facts

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shlex
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,8 +22,10 @@ from labkernel.container import Container
 from labkernel.linux import cgroup_v2, cgroups, syscalls
 from labkernel.linux.cgroups import CgroupUnavailable, Limits
 from labkernel.spec import BadOption
-from tests.helpers import assert_nothing_left, facts, logged, needs_limits, own_home, run_python
+from tests.helpers import assert_nothing_left, emulated, facts, logged, needs_limits, own_home, run_python
 from tests.helpers import snapshot as everything_of_ours
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -110,15 +115,21 @@ import time; time.sleep(60)"""
 
 @limits_are_there
 def test_the_page_cache_counts_and_is_given_back() -> None:
-    """A file larger than the limit is written and read to its end: the cache is thrown away, nobody is killed."""
+    """A file larger than the limit is written and read to its end: the cache is thrown away, nobody is killed.
+
+    Not below /tmp: that may be memory, which cannot be given back.
+    """
     program = """
 import os
-with open('/tmp/x', 'wb') as file:
+with open('/data/x', 'wb') as file:
     for _ in range(60): file.write(os.urandom(1 << 20)); file.flush(); os.fdatasync(file.fileno())
-with open('/tmp/x', 'rb') as file:
+with open('/data/x', 'rb') as file:
     while file.read(1 << 20): pass
 print('done')"""
-    ended = python(program, memory="32M").run(timeout=60)
+    (ROOT / "build").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=ROOT / "build") as place:
+        os.chmod(place, 0o777)
+        ended = python(program, memory="32M", volumes=[f"{place}:/data"]).run(timeout=60)
     assert (ended.stdout, ended.returncode, ended.oom_killed) == (b"done\n", 0, False)
 
 
@@ -193,14 +204,18 @@ def share(container: Container, seconds: float) -> float:
 
 
 def assert_share(container: Container, cpus: float, seconds: float = 1.5) -> None:
-    """A quota is held within a tenth. Only too little may be somebody else's doing, who wants the same core."""
+    """A quota is held within a tenth. Only too little may be somebody else's doing, who wants the same core.
+
+    (An emulated core also waits for a real one, and the kernel in the VM, which does not see that, takes the time
+    for used; it is given back later.)
+    """
     time.sleep(0.3)  # the first period may be a whole one
     for _ in range(5):
         measured = share(container, seconds)
-        assert measured < 1.1 * cpus
-        if measured > 0.9 * cpus:
+        assert measured < 1.1 * cpus or emulated()
+        if 0.9 * cpus < measured < 1.1 * cpus:
             return
-    pytest.fail(f"{measured:.3f} cores used, five times too few for a quota of {cpus}")
+    pytest.fail(f"{measured:.3f} cores used, five times not a quota of {cpus}")
 
 
 @limits_are_there
@@ -536,5 +551,26 @@ def test_clone3_into_a_group_of_version_2() -> None:
         assert f"0::{cgroups.own_paths()['']}".rstrip("/") + f"/{place.name}\n" in children.in_child(
             work, str(place)
         )
+    finally:
+        place.rmdir()
+
+
+def test_a_group_with_other_processes_in_it_is_left_as_it_was() -> None:
+    """Version 2 divides no group that has processes of its own: the attempt leaves neither a group nor us in one."""
+    trees = [mounted for mounted in cgroups.mounts() if mounted.version == 2]
+    if not any("memory" in cgroups.read(f"{tree.point}/cgroup.controllers").split() for tree in trees):
+        pytest.skip("the controllers are not with cgroup v2 here")
+    place = cgroups.below_mount(trees[0], cgroups.own_paths()[""]) / f"{state.PREFIX}test"
+    try:
+        place.mkdir()
+    except OSError as error:
+        pytest.skip(f"{place}: {error.strerror}")
+    code = "from labkernel.linux import cgroups; cgroups.parent()"
+    command = f"echo $$ > {place}/cgroup.procs && {sys.executable} -c {shlex.quote(code)}"
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    try:
+        ended = subprocess.run(["sh", "-c", command], env=variables, capture_output=True, text=True)
+        assert "is not ours to divide: other processes are in it" in ended.stderr
+        assert [path.name for path in place.iterdir() if path.is_dir()] == []
     finally:
         place.rmdir()

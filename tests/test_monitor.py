@@ -17,6 +17,7 @@ from notebook_tools import ROOT
 from labkernel import children, monitor
 from labkernel.container import Container
 from labkernel.monitor import COLUMNS, CgroupSource, Monitor, ProcessSource, Recording, Sample
+from tests.helpers import emulated
 
 SOON = 60.0
 """Seconds: a slow virtual machine must get there too."""
@@ -255,15 +256,14 @@ def test_throttling_is_recorded(limits: None) -> None:
 
 
 def test_watching_costs_less_than_1_percent_of_a_core() -> None:
-    """Ten samples a second. An emulated processor is some seven times slower, and gets so much more."""
-    emulated = "QEMU TCG" in Path("/proc/cpuinfo").read_text()
+    """Ten samples a second. An emulated processor is some ten times slower, and gets more than that."""
     shares = []
     with python("import time; time.sleep(600)") as container:
         for _ in range(3):  # the least disturbed of three counts
             with Monitor(container, hz=10) as watching:
                 until(lambda: watching.recording.samples[-1].seconds > 2)
             shares.append(watching.cpu_seconds / watching.recording.samples[-1].seconds)
-    assert min(shares) < (0.1 if emulated else 0.01)
+    assert min(shares) < (0.2 if emulated() else 0.01)
 
 
 @pytest.mark.parametrize("hz", [0, -1, 51, float("nan")])

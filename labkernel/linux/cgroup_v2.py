@@ -175,6 +175,8 @@ class ParentV2(CgroupParent):
                     cgroups.write(own / "cgroup.subtree_control", f"+{name}")
         except OSError as error:
             with contextlib.suppress(OSError):
+                if (own / LAUNCHER).is_dir():
+                    cgroups.write(own / "cgroup.procs", str(os.getpid()))
                 (own / LAUNCHER).rmdir()
             raise CgroupUnavailable(
                 error.errno, f"{own} is not ours to divide: {_why(error)}; {DELEGATION}"
