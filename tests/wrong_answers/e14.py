@@ -1,5 +1,7 @@
 """Answers that somebody might give to the exercises of notebook 14; each must fail."""
 
+import os
+
 SET = "syscalls.setns(os.pidfd_open(pid), namespaces.flags"
 ALL = f"{SET}(namespaces.FLAGS))"
 END = "return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])"
@@ -39,3 +41,8 @@ WRONG: dict[str, list[str]] = {
         "def with_my_tool(pid, tool):\n    print('HTTP on port 8000')",
     ],
 }
+if os.geteuid() == 0:  # an ordinary user's own number is the one of root inside
+    WRONG["14.2"] += [
+        f"def my_exec(pid, command):\n    {ALL}\n    child = os.fork()\n"
+        f"    if child == 0:\n        {LIMIT}\n        os.execvp(command[0], command)\n    {END}",
+    ]
