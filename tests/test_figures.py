@@ -158,3 +158,12 @@ def test_what_is_heavy_has_a_name_in_the_treemap() -> None:
     assert "heavy.so\n90.0" in texts
     assert any(text.startswith("/usr/lib/x  90.5 MiB") for text in texts)
     assert "90.5 MiB in" in figures.describe_weights(weights)
+
+
+def test_a_grid_shows_each_word_and_marks_those_that_differ() -> None:
+    rows = {"one": ["a", "b"], "other": ["a", "a"]}
+    (axes,) = figures.grid_figure(["uts", "net"], rows, "a").axes
+    words = [(text.get_text(), text.get_fontweight()) for text in axes.texts]
+    assert words == [("a", "normal"), ("b", "bold"), ("a", "normal"), ("a", "normal")]
+    assert [patch.get_hatch() or "" for patch in axes.patches] == ["", "//", "", ""]
+    assert figures.describe_grid(["uts", "net"], rows) == "A table. one: uts a, net b. other: uts a, net a."

@@ -191,6 +191,43 @@ def _limited(limits: Sequence[float | None]) -> str:
     return f" (limit: {', then '.join(values)})"
 
 
+# ---------------------------------------------------------------------- who sees what
+
+
+def grid_figure(columns: Sequence[str], rows: Mapping[str, Sequence[str]], plain: str) -> Figure:
+    """Draw a table of words; a cell with another word than `plain` is hatched, and its word bold."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    figure = Figure(figsize=(8, 0.7 + 0.52 * len(rows)), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set(xlim=(0, len(columns)), ylim=(len(rows), 0))
+    axes.set_xticks([place + 0.5 for place in range(len(columns))], list(columns))
+    axes.set_yticks([place + 0.5 for place in range(len(rows))], list(rows))
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0)
+    for y, row in enumerate(rows.values()):
+        for x, word in enumerate(row):
+            face, hatch = ("#f4f4f4", "") if word == plain else ("#f2c48d", "//")
+            axes.add_patch(
+                Rectangle((x, y), 1, 1, facecolor=face, edgecolor="white", linewidth=3, hatch=hatch)
+            )
+            style: dict[str, Any] = {"ha": "center", "va": "center"}
+            if word != plain:
+                style |= {"weight": "bold", "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 2}}
+            axes.text(x + 0.5, y + 0.5, word, **style)
+    return figure
+
+
+def describe_grid(columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
+    """Say in words what such a table shows."""
+    lines = (
+        f"{name}: " + ", ".join(f"{column} {word}" for column, word in zip(columns, row, strict=True))
+        for name, row in rows.items()
+    )
+    return "A table. " + ". ".join(lines) + "."
+
+
 # ---------------------------------------------------------------------- what an image weighs
 
 
