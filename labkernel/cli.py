@@ -22,6 +22,7 @@ import click
 
 if TYPE_CHECKING:
     from labkernel.children import Channel
+    from labkernel.container import Container
 
 FAILED = 125
 """Docker's exit status where labkernel, not the program inside, has failed."""
@@ -84,12 +85,15 @@ def _in_words(error: Exception) -> str:
 
 # ---------------------------------------------------------------------- options that several verbs have
 
-JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON, for other programs.")
-
 
 def option(*names: str, teaches: str, help: str, **settings: Any) -> Callable[[Command], Command]:
     """An option whose help names the notebook that teaches what it does."""
     return click.option(*names, help=f"{help} [{teaches}]", **settings)
+
+
+def json_option(teaches: str) -> Callable[[Command], Command]:
+    """--json, where something is listed."""
+    return option("--json", "as_json", is_flag=True, teaches=teaches, help="Print JSON, for other programs.")
 
 
 def together(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
@@ -148,7 +152,7 @@ PROGRAM = together(
 
 
 @verbs.command()
-@JSON
+@json_option("00-start-here")
 def doctor(as_json: bool) -> int:
     """Tell what this machine allows, by trying it, and for every "no" what to do. [00-start-here]
 
@@ -165,7 +169,7 @@ def doctor(as_json: bool) -> int:
 
 @verbs.command()
 @click.argument("name", default="python")
-@JSON
+@json_option("02-tarball")
 def build(name: str, as_json: bool) -> None:
     """Build the root file system NAME from this machine's own programs, and unpack it. [02-tarball]
 
@@ -256,9 +260,11 @@ def run(words: tuple[str, ...], interactive: bool, detach: bool, **options: Any)
         images.rootfs(image, progress=progress)
     if detach:
         container.start()
+        failed = _could_not_run(container)
         children.launcher().detach()
-        click.echo(container.spec.id)
-        return 0
+        if not failed:
+            click.echo(container.spec.id)
+        return failed
     stdio = () if container.spec.process.tty else (0 if interactive else subprocess.DEVNULL, 1, 2)
     with _signals_held_back():
         container.start(*stdio)
@@ -266,6 +272,37 @@ def run(words: tuple[str, ...], interactive: bool, detach: bool, **options: Any)
     if container.terminal is not None:
         _attend(container.terminal, interactive)
     return container.wait()
+
+
+def _could_not_run(container: Container) -> int:
+    """Wait until the program of a detached container runs; 126 or 127, and a word of why, where it cannot be run."""
+    assert container.pid
+    while not _has_executed(container.pid):
+        if container.running():
+            time.sleep(0.001)
+            continue
+        status, log = container.wait(), container.logs().decode(errors="replace")
+        # With --rm the log has gone with the rest.
+        if status not in (126, 127) or not (log.startswith("labkernel: cannot run") or container.spec.remove):
+            return 0
+        unknown = f"labkernel: {container.spec.process.command[0]!r} ended at once, with status {status}"
+        click.echo(log.rstrip() or unknown, err=True)
+        return status
+    return 0
+
+
+PF_FORKNOEXEC = 0x40
+"""Among a process's flags: it is a copy of its parent still; <linux/sched.h>, and "flags" in man 5 proc_pid_stat."""
+
+
+def _has_executed(init: int) -> bool:
+    """Whether the first program of the container of this init has taken over from what put up the walls."""
+    from labkernel.monitor import descendants
+
+    for program in descendants(init)[1:2]:
+        with contextlib.suppress(OSError), open(f"/proc/{program}/stat", "rb") as file:
+            return not int(file.read().rpartition(b")")[2].split()[6]) & PF_FORKNOEXEC
+    return False
 
 
 @verbs.command("exec", context_settings={"allow_interspersed_args": False})
@@ -276,7 +313,10 @@ def execute(
     name: str, command: tuple[str, ...], env: tuple[str, ...], user: str | None, workdir: str | None,
     interactive: bool, tty: bool,
 ) -> int:  # fmt: skip
-    """Run one more COMMAND in the container NAME, behind the same walls. [14-enter]"""
+    """Run one more COMMAND in the container NAME, behind the same walls. [14-enter]
+
+    What is not said here is as for the container's own program: its variables, user and directory.
+    """
     from labkernel import children
 
     _check_streams(interactive, tty)
@@ -316,10 +356,12 @@ def _until_ended(channel: Channel, interactive: bool) -> int:
             elif message.startswith(b"failed "):
                 raise RuntimeError(message.decode().split(" ", 2)[2])
     except (KeyboardInterrupt, SystemExit):
-        # The program's own children would go on, as children of the container's init.
+        # The program's own children would go on, as children of the container's init. A group is killed as a whole:
+        # from a list alone a child would be missing that is being forked at this moment.
         for descendant in monitor.descendants(pid)[1:] if pid else ():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(descendant, signal.SIGKILL)
+            for kill in (os.killpg, os.kill):
+                with contextlib.suppress(ProcessLookupError):
+                    kill(descendant, signal.SIGKILL)
         while not (isinstance(message, dict) and "status" in message):
             message = channel.message(children.STARTED_WITHIN)
         raise
@@ -421,25 +463,20 @@ def _rates(name: str, items: Sequence[str]) -> dict[str, str] | None:
 
 
 def _one_more(
-    record: Mapping[str, Any], command: Sequence[str], env: Mapping[str, str], user: str | None,
+    record: Mapping[str, Any], command: tuple[str, ...], env: Mapping[str, str], user: str | None,
     workdir: str | None, tty: bool,
 ) -> Any:  # fmt: skip
-    """A further program for a running container, behind the walls that its first one has."""
-    from labkernel.linux import capabilities, seccomp
-    from labkernel.monitor import descendants
-    from labkernel.spec import PATH, Process
+    """A further program for a running container, with all that its first one was given; options go before."""
+    from dataclasses import replace
 
-    # The bounding set is what the container was given, whatever its program has made of it since.
-    kept = capabilities.read(descendants(record["pid"])[1]).bounding
-    unconfined = record["process"]["seccomp"] == "unconfined"
-    return Process(
-        command=tuple(command),
-        environment={"PATH": PATH, "HOME": "/root", **env},
-        workdir=workdir or "/",
-        user=user or "0:0",
-        tty=tty,
-        capabilities=kept,
-        seccomp=None if unconfined else seccomp.compiled("default", kept),
+    from labkernel.spec import Process
+
+    like_the_first = Process.from_record(record["process"], command, tty)
+    return replace(
+        like_the_first,
+        environment={**like_the_first.environment, **env},
+        user=user or like_the_first.user,
+        workdir=workdir or like_the_first.workdir,
     )
 
 
@@ -457,7 +494,7 @@ def _running(name: str) -> dict[str, Any]:
 
 
 @verbs.command()
-@JSON
+@json_option("09-pid")
 def ps(as_json: bool) -> None:
     """List the containers of this machine and what they are doing. [09-pid]"""
     from labkernel import state
@@ -498,8 +535,13 @@ def _print_table(rows: Sequence[Sequence[str]]) -> None:
 
 @verbs.command()
 @click.argument("names", nargs=-1, metavar="[NAME]...")
-@click.option("--no-stream", is_flag=True, help="Print it once; otherwise every second until all have ended.")
-@JSON
+@option(
+    "--no-stream",
+    is_flag=True,
+    teaches="16-memory",
+    help="Print it once, not every second until all have ended.",
+)
+@json_option("16-memory")
 def stats(names: tuple[str, ...], no_stream: bool, as_json: bool) -> None:
     """Tell what containers use at this moment: the named ones, or all that run. [16-memory]
 
@@ -590,8 +632,8 @@ def _all_running() -> list[dict[str, Any]]:
 
 @verbs.command()
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
-@click.option("--time", "-t", "seconds", type=click.FloatRange(0), default=10.0, show_default=True,
-              help="Seconds until it is killed.")  # fmt: skip
+@option("--time", "-t", "seconds", type=click.FloatRange(0), default=10.0, show_default=True, teaches="09-pid",
+        help="Seconds until it is killed.")  # fmt: skip
 def stop(names: tuple[str, ...], seconds: float) -> None:
     """End containers: SIGTERM to the program, and SIGKILL to all where that does not help. [09-pid]"""
     for name in names:
@@ -601,7 +643,7 @@ def stop(names: tuple[str, ...], seconds: float) -> None:
 
 @verbs.command()
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
-@click.option("--force", "-f", is_flag=True, help="Also one that runs: it is killed.")
+@option("--force", "-f", is_flag=True, teaches="06-overlay", help="Also one that runs: it is killed.")
 def rm(names: tuple[str, ...], force: bool) -> None:
     """Remove containers that have ended: what they wrote, their log, their record. [06-overlay]"""
     from labkernel import state
@@ -617,9 +659,10 @@ def rm(names: tuple[str, ...], force: bool) -> None:
 
 
 @verbs.command()
-@click.option(
-    "--all", "everything", is_flag=True, help="Also end what runs, and remove the images: leave nothing."
-)
+@option(
+    "--all", "everything", is_flag=True, teaches="23-python-container",
+    help="Also end what runs, and remove the images: leave nothing.",
+)  # fmt: skip
 def clean(everything: bool) -> None:
     """Remove what is left behind: containers that have ended, and all of those whose launcher was killed.
 

@@ -175,9 +175,8 @@ class Container:
         with contextlib.ExitStack() as closing:
             fds = [_opened(stdin, os.O_RDONLY, closing)]
             fds += [_opened(DEVNULL if fd is None else fd, os.O_WRONLY, closing) for fd in (stdout, stderr)]
-            defaults = {"seccomp": "default" if self.spec.process.seccomp else "unconfined"}
             request = {
-                "do": "container", "spec": self.spec, "image": self.image, "process_defaults": defaults,
+                "do": "container", "spec": self.spec, "image": self.image,
                 "logged": [number for number, fd in ((1, stdout), (2, stderr)) if fd is None],
             }  # fmt: skip
             self._channel = launcher.ask(request, fds)

@@ -196,7 +196,7 @@ class Launcher:
             "id": spec.id, "name": spec.name, "state": "created", "created": time.time(), "image": request["image"],
             "command": list(spec.process.command), "launcher": asdict(state.ProcessKey.of(os.getpid())),
             "publish": list(spec.publish), "remove": spec.remove, "network": spec.network,
-            "process": request["process_defaults"], "namespaces": sorted(spec.namespaces),
+            "process": spec.process.as_record(), "namespaces": sorted(spec.namespaces),
         }  # fmt: skip
         with contextlib.ExitStack() as undo, contextlib.ExitStack() as closing:
             with _explained_home(), _holding_containers():
@@ -206,6 +206,8 @@ class Launcher:
                 undo.callback(state.free_name, spec.name, spec.id)
                 state.write_record(spec.directory, record)  # before anything that it names
             listeners = _listeners(spec, closing)
+            # Where no port of the host was named, the kernel has chosen one.
+            record["publish"] = [one.text(listener.getsockname()[1]) for one, listener in listeners]
             group = self._make_cgroup(spec, undo)
             record |= {
                 "cgroup": group.places if group else None,

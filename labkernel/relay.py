@@ -41,6 +41,10 @@ class Publish:
     host_port: int
     container_port: int
 
+    def text(self, host_port: int) -> str:
+        """As `parse_publish` reads it, with the port of the host that it has come to be."""
+        return f"{self.host_ip}:{host_port}:{self.container_port}"
+
 
 def parse_publish(text: str) -> Publish:
     """Read "HOST_IP:HOST_PORT:PORT", "HOST_PORT:PORT" or "PORT", with "/tcp" or without, as docker run does.

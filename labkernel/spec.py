@@ -11,6 +11,7 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from labkernel.linux.cgroups import Limits
 from labkernel.linux.namespaces import FLAGS
@@ -70,6 +71,33 @@ class Process:
     no_new_privs: bool = True
     rlimits: tuple[tuple[int, int], ...] = ()
     """(resource, value) pairs for setrlimit, soft and hard alike; man 2 setrlimit."""
+
+    def as_record(self) -> dict[str, Any]:
+        """What a further program of the container starts from, for JSON: all but the command and its terminal."""
+        return {
+            "environment": dict(self.environment),
+            "workdir": self.workdir,
+            "user": self.user,
+            "capabilities": sorted(self.capabilities),
+            "seccomp": None if self.seccomp is None else self.seccomp.hex(),
+            "no_new_privs": self.no_new_privs,
+            "rlimits": self.rlimits,
+        }
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any], command: tuple[str, ...], tty: bool) -> Process:
+        """A further program, with what `as_record` has kept of the first one."""
+        return cls(
+            command=command,
+            tty=tty,
+            environment=record["environment"],
+            workdir=record["workdir"],
+            user=record["user"],
+            capabilities=frozenset(record["capabilities"]),
+            seccomp=None if record["seccomp"] is None else bytes.fromhex(record["seccomp"]),
+            no_new_privs=record["no_new_privs"],
+            rlimits=tuple((limit, value) for limit, value in record["rlimits"]),
+        )
 
 
 @dataclass(frozen=True)

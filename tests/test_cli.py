@@ -33,8 +33,8 @@ LABKERNEL = [sys.executable, "-m", "labkernel"]
 PATIENCE = 30.0
 
 NOTEBOOKS = {
-    "01-process", "02-tarball", "03-chroot", "04-mount-namespace", "05-pivot-root", "06-overlay", "07-uts",
-    "09-pid", "10-network", "11-user", "14-enter", "15-cpu", "16-memory", "17-pids-io-freezer",
+    "00-start-here", "01-process", "02-tarball", "03-chroot", "04-mount-namespace", "05-pivot-root", "06-overlay",
+    "07-uts", "09-pid", "10-network", "11-user", "14-enter", "15-cpu", "16-memory", "17-pids-io-freezer",
     "18-capabilities", "19-seccomp", "23-python-container",
 }  # fmt: skip
 
@@ -101,6 +101,26 @@ def test_the_exit_status_is_the_commands(command: list[str], status: int) -> Non
     assert done.returncode == status
     if status in (126, 127):
         assert done.stderr.startswith(b"labkernel: cannot run ") and done.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize(("program", "status"), [("no-such-program", 127), ("/etc/passwd", 126)])
+@pytest.mark.parametrize("remove", [[], ["--rm"]], ids=["kept", "removed"])
+def test_what_cannot_be_run_is_told_to_who_does_not_wait(
+    program: str, status: int, remove: list[str]
+) -> None:
+    done = lab("run", "--detach", "--name", "failed", *remove, program)
+    assert (done.returncode, done.stdout) == (status, b"")
+    assert done.stderr.startswith(b"labkernel: ") and done.stderr.count(b"\n") == 1
+    assert program.encode() in done.stderr
+    if not remove:
+        assert rows()["failed"]["exit_code"] == status
+        printed("rm", "failed")
+
+
+@pytest.mark.parametrize("command", [["true"], ["sh", "-c", "exit 127"], ["sleep", "1000"]], ids=" ".join)
+def test_who_does_not_wait_gets_the_id_of_what_runs(command: list[str]) -> None:
+    with detached("started", *command) as identity:
+        assert rows()["started"]["id"] == identity
 
 
 BAD = [
@@ -185,15 +205,12 @@ def test_an_error_of_our_own_is_no_traceback_unless_asked_for(
         cli.main(["ps"])
 
 
-def test_every_option_of_run_names_its_notebook() -> None:
-    for verb in ("run", "exec"):
-        command = cli.verbs.commands[verb]
-        options = [param for param in command.params if isinstance(param, click.Option)]
-        for one in options:
-            found = re.search(r"\[(\d\d-[a-z-]+)\]$", one.help or "")
-            assert found and found[1] in NOTEBOOKS, f"{verb} {one.name}: {one.help}"
+def test_every_option_names_its_notebook() -> None:
     for verb, command in cli.verbs.commands.items():
         assert verb == "run" or re.search(r"\[\d\d-[a-z-]+\]", command.help or ""), verb
+        for one in (param for param in command.params if isinstance(param, click.Option)):
+            found = re.search(r"\[(\d\d-[a-z-]+)\]$", one.help or "")
+            assert found and found[1] in NOTEBOOKS, f"{verb} {one.name}: {one.help}"
 
 
 # ---------------------------------------------------------------------- what run's options do
@@ -283,11 +300,16 @@ def test_network() -> None:
 
 
 def test_publish() -> None:
-    with detached("web", "-p", "127.0.0.1:0:8000", "python3", "-m", "http.server", "8000"):
-        assert rows()["web"]["publish"] == ["127.0.0.1:0:8000"]
-    with detached(
-        "web", "--publish", f"{(port := free_port())}:8000", "python3", "-m", "http.server", "8000"
-    ):
+    server = ["python3", "-m", "http.server", "8000"]
+    with detached("web", "-p", "8000", "-p", "127.0.0.1:0:8000", *server):  # the kernel chooses, and ps tells
+        for published in rows()["web"]["publish"]:
+            address, chosen, inside = published.split(":")
+            assert (address, inside) == ("127.0.0.1", "8000") and int(chosen) > 0
+            page = f"http://{address}:{chosen}/etc/hostname"
+            assert waited_for(lambda page=page: fetch(page), "an answer on the port that was chosen")
+        assert published in printed("ps")
+    with detached("web", "--publish", f"{(port := free_port())}:8000", *server):
+        assert rows()["web"]["publish"] == [f"127.0.0.1:{port}:8000"]
         page = f"http://127.0.0.1:{port}/etc/hostname"
         assert waited_for(lambda: fetch(page), "an answer on the published port")
 
@@ -581,6 +603,27 @@ def test_exec_is_behind_the_same_walls() -> None:
         first = printed("run", "--rm", *walls, *show)
         with detached("walled", *walls, "sleep", "1000"):
             assert printed("exec", "walled", *show) == first
+
+
+def test_exec_starts_from_what_the_container_was_given(tmp_path: Path) -> None:
+    needs_ids()
+    profile = tmp_path / "no-directories.json"
+    rule = {"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 28}
+    profile.write_text(json.dumps({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [rule]}))
+    security = ["--security-opt", f"seccomp={profile}", "--security-opt", "no-new-privileges=false"]
+    given = ["-e", "A=1", "-e", "B=2", "-u", "1000:1001", "-w", "/var/tmp", *security]
+    show = "env; id; pwd; ulimit -n; grep -E '^(Cap|NoNew|Seccomp:)' /proc/self/status; mkdir /tmp/x"
+    with detached(
+        "box", *given, "sh", "-c", f"({show}) > /tmp/first 2>&1; mv /tmp/first /tmp/done; sleep 1000"
+    ):
+        profile.unlink()  # the one that was read is what counts
+        first = waited_for(lambda: lab("exec", "box", "cat", "/tmp/done").stdout.decode(), "its file")
+        for line in ("A=1\n", "uid=1000", "/var/tmp\n", "NoNewPrivs:\t0\n", "No space left"):
+            assert line in first
+        again = lab("exec", "box", "sh", "-c", show)
+        assert (again.stdout + again.stderr).decode() == first
+        words = ["-e", "B=3", "-u", "0:0", "-w", "/"]
+        assert printed("exec", *words, "box", "sh", "-c", "echo $A $B; id -u; pwd") == "1 3\n0\n/\n"
 
 
 def test_a_session_by_exec() -> None:

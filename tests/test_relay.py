@@ -270,11 +270,14 @@ def test_idle_and_half_closed_connections_cost_no_time() -> None:
 
 
 def test_nothing_listens_inside() -> None:
-    with published(None) as (port, _, _), client(port) as connection:
+    with published(None) as (port, _, _):
         start = time.monotonic()
-        with pytest.raises(ConnectionResetError):
+        with (
+            pytest.raises(ConnectionResetError),
+            client(port) as connection,
+        ):  # the reset may overtake connect()
             connection.recv(1)
-        assert time.monotonic() - start < 1
+        assert time.monotonic() - start < 10  # at once, and not when a patience has run out
 
 
 @pytest.mark.parametrize("side", ["client", "server"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,8 @@ import pytest
 from labkernel import children, spec
 from labkernel.container import Container
 from labkernel.linux.cgroups import Limits
-from labkernel.spec import BadOption, Volume, human, make_limits, parse_size
-from tests.helpers import own_home, snapshot
+from labkernel.spec import BadOption, Process, Volume, human, make_limits, parse_size
+from tests.helpers import assert_nothing_left, own_home, snapshot
 
 CORES = os.cpu_count() or 1
 
@@ -169,7 +171,7 @@ def test_nonsense_is_refused_with_value_and_range_before_anything_is_made(
         Container("python", ["true"], **options)
     assert value in str(caught.value)
     assert allowed in str(caught.value)
-    assert snapshot() == before
+    assert_nothing_left(before)
 
 
 @pytest.mark.parametrize(
@@ -221,3 +223,16 @@ def test_targets_that_are_no_place_inside(target: str, tmp_path: Path) -> None:
 def test_a_source_that_is_not_there_is_named() -> None:
     with pytest.raises(BadOption, match="/no/such/place"):
         Volume.parse("/no/such/place:/v")
+
+
+# ---------------------------------------------------------------------- programs
+
+
+def test_what_a_record_keeps_of_a_program_survives_json() -> None:
+    first = Container(
+        "python", ["true"], env={"A": "ä"}, workdir="/tmp", user="1:2", cap_drop=["ALL"]
+    ).spec.process
+    for one in (first, replace(first, seccomp=None, no_new_privs=False)):
+        kept = json.loads(json.dumps(one.as_record()))
+        again = Process.from_record(kept, ("ls", "-l"), tty=True)
+        assert again == replace(one, command=("ls", "-l"), tty=True)
