@@ -74,7 +74,7 @@ lock: setup ## the lock anew from pyproject.toml, with the newest versions
 LOCKING = --upgrade --universal --python-version 3.11 --fork-strategy fewest --generate-hashes --quiet \
     --system-certs --custom-compile-command 'make lock'
 
-clean: ## remove what was made: build/, caches, and what labkernel left running (not .venv)
+clean: ## remove build/, caches and containers that have ended or lost their launcher (not .venv, nothing that runs)
 	@if [ -x .venv/bin/labkernel ]; then .venv/bin/labkernel clean; fi
 	rm -rf build .jupyter .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
