@@ -14,26 +14,13 @@ from labkernel import children, state
 from labkernel.container import Container
 from labkernel.linux import namespaces
 from labkernel.spec import BadOption
+from tests.helpers import needs_limits, own_home
 
 
 @pytest.fixture(autouse=True, scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A home of these tests' own, and a launcher that ends with them."""
-    place = tmp_path_factory.mktemp("home")
-    before = os.environ.get("LABKERNEL_HOME")
-    children.close_launcher()
-    os.environ["LABKERNEL_HOME"] = str(place)
-    yield place
-    children.close_launcher()
-    if before is None:
-        del os.environ["LABKERNEL_HOME"]
-    else:
-        os.environ["LABKERNEL_HOME"] = before
-
-
-def needs_limits() -> None:
-    if children.launcher().facts["cgroup_version"] is None:
-        pytest.skip(f"no limits here: {children.launcher().facts['no_cgroup']}")
+    with own_home(tmp_path_factory) as place:
+        yield place
 
 
 def test_output_and_exit_status_come_back() -> None:

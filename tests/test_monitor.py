@@ -14,10 +14,10 @@ import psutil
 import pytest
 from notebook_tools import ROOT
 
-from labkernel import children, monitor
+from labkernel import monitor
 from labkernel.container import Container
 from labkernel.monitor import COLUMNS, CgroupSource, Monitor, ProcessSource, Recording, Sample
-from tests.helpers import emulated
+from tests.helpers import emulated, needs_limits, own_home
 
 SOON = 60.0
 """Seconds: a slow virtual machine must get there too."""
@@ -25,24 +25,14 @@ SOON = 60.0
 
 @pytest.fixture(autouse=True, scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A home of these tests' own, and a launcher that ends with them."""
-    place = tmp_path_factory.mktemp("home")
-    before = os.environ.get("LABKERNEL_HOME")
-    children.close_launcher()
-    os.environ["LABKERNEL_HOME"] = str(place)
-    yield place
-    children.close_launcher()
-    if before is None:
-        del os.environ["LABKERNEL_HOME"]
-    else:
-        os.environ["LABKERNEL_HOME"] = before
+    with own_home(tmp_path_factory) as place:
+        yield place
 
 
 @pytest.fixture
 def limits() -> None:
     """Skip where no container has a control group."""
-    if children.launcher().facts["cgroup_version"] is None:
-        pytest.skip(f"no limits here: {children.launcher().facts['no_cgroup']}")
+    needs_limits()
 
 
 def python(code: str, **options: object) -> Container:
