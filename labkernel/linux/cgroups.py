@@ -7,6 +7,7 @@ Source: https://docs.kernel.org/admin-guide/cgroup-v2.html and https://docs.kern
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from abc import ABC, abstractmethod
@@ -270,7 +271,9 @@ def read(path: str | Path) -> str:
     """A control file's text, or "" where the kernel has no such file (any more)."""
     try:
         fd = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENODEV):  # ENODEV: the group goes while we open
+            raise
         return ""
     try:
         return os.read(fd, 65536).decode()
