@@ -120,7 +120,7 @@ def start_program(process: Process, stdio: tuple[int, int, int], channel: int) -
         if process.no_new_privs:
             syscalls.prctl(PR_SET_NO_NEW_PRIVS, 1)
         for number in IGNORED:
-            signal.signal(number, signal.SIG_DFL)  # exec keeps what is ignored; a program expects nothing to be
+            signal.signal(number, signal.SIG_DFL)  # what is ignored stays ignored over exec
         syscalls.block_signals(0)
         os.write(channel, b"ready")
         if process.seccomp is not None and process.no_new_privs:
