@@ -40,9 +40,12 @@ class ChildFailed(RuntimeError):
     """A child ended without a value: it was killed, or called exit with a status."""
 
     def __init__(self, text: str, status: int) -> None:
-        super().__init__(text)
+        super().__init__(text, status)  # both: an exception is pickled by its arguments
         self.status = status
         """As a shell reports it: the exit code, or 128 and the signal's number."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class Launcher:

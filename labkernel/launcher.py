@@ -67,7 +67,7 @@ class Launcher:
         self.control: socket.socket | None = control
         self.no_containers = no_containers
         self.id_maps = users.own_map()
-        if self.id_maps and os.geteuid() == 0:  # ours, or one that we were started in
+        if os.geteuid() == 0:  # of the machine, or of a user namespace: ours, or one that we were started in
             try:
                 _own_mounts()
             except OSError as error:
@@ -555,7 +555,11 @@ def _explained_home() -> Iterator[None]:
 
 
 def _own_mounts() -> None:
-    """A mount namespace that belongs to our user namespace: copying a mount takes CAP_SYS_ADMIN over it."""
+    """A mount namespace for us and our children, whose mounts are then never the machine's, also where we are root.
+
+    It belongs to our user namespace: copying a mount takes CAP_SYS_ADMIN over it. What the machine mounts still
+    comes in.
+    """
     syscalls.unshare(syscalls.CLONE_NEWNS)
     mounts.set_propagation("/", "slave")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import pytest
 from labkernel import children
 from labkernel.children import ChildFailed, LauncherDied, in_child, start_child
 from labkernel.container import Container
-from labkernel.linux import namespaces, syscalls
+from labkernel.linux import mounts, namespaces, syscalls
 from tests.helpers import assert_nothing_left, own_home, rootless
 from tests.helpers import snapshot as everything_of_ours
 
@@ -407,6 +408,21 @@ def test_a_child_may_change_itself() -> None:
     before = socket.gethostname()
     assert in_child(change) == {"host": True, "root": False}
     assert socket.gethostname() == before
+
+
+def test_mounts_of_a_child_are_not_the_machines() -> None:
+    """Also where it is the machine's root, and has forgotten `unshare`."""
+    before = Path("/proc/self/mountinfo").read_text()
+    in_child(mounts.tmpfs, "/mnt")
+    assert Path("/proc/self/mountinfo").read_text() == before
+    own, childs = os.stat("/proc/self/ns/mnt").st_ino, in_child(lambda: os.stat("/proc/self/ns/mnt").st_ino)
+    assert own != childs
+    in_child(syscalls.umount2, "/mnt", 0)
+
+
+def test_how_a_child_failed_can_be_pickled() -> None:
+    copy = pickle.loads(pickle.dumps(ChildFailed("killed by SIGKILL", 137)))
+    assert (str(copy), copy.status) == ("killed by SIGKILL", 137)
 
 
 def test_a_child_is_root_at_least_of_a_user_namespace() -> None:

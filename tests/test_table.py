@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from matplotlib.patches import Rectangle
 
-from labkernel import Container, in_child, lab
+from labkernel import Container, in_child, lab, state
 from labkernel.images import rootfs
 from labkernel.lab.look import Sight, _interfaces, look, look_at, program_of
 from labkernel.lab.table import Table, _rows, inside_outside
 from labkernel.lab.walls import Wall, draw, in_words, walls
-from labkernel.linux import capabilities, namespaces, syscalls
+from labkernel.linux import capabilities, cgroups, namespaces, syscalls
 from labkernel.linux.capabilities import Capability
 from tests.helpers import own_home
 
@@ -116,6 +116,30 @@ def test_devices_that_some_kernels_add_by_themselves_are_not_told() -> None:
 
 def test_a_cgroup_namespace_does_not_make_another_cgroup() -> None:
     assert inside_outside(unshare, "cgroup")["cgroup"].inside == "the lab's, which it sees as /"
+
+
+def test_a_cgroup_and_a_cgroup_namespace_are_two_things(container: Container) -> None:
+    if container._cgroup is None:
+        pytest.skip("this user gets no control group here")
+    pid = program_of(container)
+    name = f"{state.PREFIX}table"
+
+    def move_and_unshare() -> None:
+        group = cgroups.parent().create(name)
+        for path in group.paths.values():
+            Path(path, "cgroup.procs").write_text("0")
+        unshare("cgroup")
+
+    def enter_namespace_only() -> Sight:
+        namespaces.enter(pid, ["cgroup"])
+        return look()
+
+    try:
+        assert inside_outside(move_and_unshare)["cgroup"].inside == "its own, which it sees as /"
+    finally:
+        in_child(lambda: cgroups.parent().open(name).remove())
+    assert inside_outside(enter_namespace_only)["cgroup"].inside == "the lab's, which it sees above its /"
+    assert inside_outside(container)["cgroup"].inside == "its own, which it sees as /"
 
 
 def test_lost_capabilities_are_named() -> None:

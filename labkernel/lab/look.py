@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
+import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from labkernel.children import in_child
@@ -34,7 +36,9 @@ class Sight:
     uid: int
     """Its user id, as it sees it itself."""
     cgroup: str
-    """/proc/PID/cgroup, as its reader sees it."""
+    """Its /proc/PID/cgroup, as the lab sees it."""
+    cgroup_seen: str
+    """The same file, as it is seen from its own cgroup namespace."""
     capabilities: frozenset[int]
     """The effective set, by number."""
     seccomp: bool
@@ -50,8 +54,8 @@ Subject = Container | Sight | int | Callable[..., Any] | None
 def look(pid: int | None = None, proc: int | None = None) -> Sight:
     """Look at this process, or at process `pid` of our pid namespace.
 
-    `proc` is a descriptor of a /proc opened before the process locked itself away from it. To see another
-    process's hostname its UTS namespace is entered, so with `pid` call this in a child.
+    `proc` is a descriptor of a /proc opened before the process locked itself away from it. To see what another
+    process sees, its UTS and cgroup namespaces are entered, so with `pid` call this in a child.
     Raises ProcessLookupError, PermissionError.
     """
     fd = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY) if proc is None else proc
@@ -68,17 +72,21 @@ def look(pid: int | None = None, proc: int | None = None) -> Sight:
             interfaces=_interfaces(_text(fd, f"{who}/net/dev")),
             uid=os.getuid() if pid is None else _inside_uid(fd, who, int(status["Uid"].split()[0])),
             cgroup=_text(fd, f"{who}/cgroup"),
+            cgroup_seen=_text(fd, f"{who}/cgroup"),
             capabilities=_members(int(status["CapEff"], 16)),
             seccomp=status.get("Seccomp", "0") != "0",
             no_new_privs=status.get("NoNewPrivs", "0") != "0",
             namespaces=_namespaces(fd, who),
         )
+        if pid is None:
+            seen = replace(seen, cgroup=_told_by_witness() or seen.cgroup)
+        else:
+            namespaces.enter(pid, ["uts", "cgroup"])
+            seen = replace(seen, cgroup_seen=_text(fd, f"{who}/cgroup"))
+        return replace(seen, hostname=os.uname().nodename)
     finally:
         if proc is None:
             os.close(fd)
-    if pid is not None:
-        namespaces.enter(pid, ["uts"])
-    return Sight(**{**vars(seen), "hostname": os.uname().nodename})
 
 
 def look_at(subject: Subject, *arguments: Any) -> Sight:
@@ -114,8 +122,56 @@ def program_of(container: Container) -> int:
 def _run_and_look(function: Callable[..., Any] | None, arguments: tuple[Any, ...]) -> Sight:
     """In the child: keep a way to /proc, run the function, and look at what has become of this process."""
     proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
+    _start_witness()
     returned = function(*arguments) if function else None
     return returned if isinstance(returned, Sight) else look(proc=proc)
+
+
+_witness: socket.socket | None = None
+"""In a child that looks at itself: the way to a process that has stayed outside."""
+
+
+def _start_witness() -> None:
+    """Leave a process outside that can tell our cgroup: /proc/PID/cgroup shows what its *reader's* namespace shows.
+
+    It is nobody's child here (it is adopted by the launcher), so that the function may wait for children of its own.
+    It ends when the last one ends who could ask it.
+    """
+    global _witness
+    _witness, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    there.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    middle = os.fork()
+    if middle == 0:
+        try:
+            if os.fork() == 0:
+                _witness.close()
+                _be_witness(there)
+        finally:
+            os._exit(0)
+    there.close()
+    os.waitpid(middle, 0)
+
+
+def _be_witness(asked: socket.socket) -> None:
+    """Answer each question with the cgroup of who asks; the kernel says who that is, in our own pids (man 7 unix)."""
+    while True:
+        question, credentials, *_ = asked.recvmsg(1, socket.CMSG_SPACE(12))
+        if not question:
+            return
+        pid = struct.unpack("3i", credentials[0][2])[0]
+        with open(f"/proc/{pid}/cgroup", "rb") as file:
+            asked.send(file.read())
+
+
+def _told_by_witness() -> str:
+    """Our cgroup as seen from outside; "" where nobody is there to ask."""
+    if _witness is None:
+        return ""
+    try:
+        _witness.send(b"?")
+        return _witness.recv(1 << 16).decode()
+    except OSError:
+        return ""
 
 
 def _text(proc: int, path: str) -> str:

@@ -122,15 +122,12 @@ def _mounts(out: Sight, inn: Sight, own: set[str]) -> str:
 
 
 def _cgroup(out: Sight, inn: Sight, own: set[str]) -> str:
-    group = "the lab's" if "cgroup" in own and _is_root_path(inn.cgroup) else None
-    if group is None:
-        group = "the lab's" if inn.cgroup == out.cgroup else "its own"
-    return group + (", which it sees as /" if "cgroup" in own else "")
-
-
-def _is_root_path(cgroup: str) -> bool:
-    """Whether every line of /proc/PID/cgroup ends in "/": read from inside a fresh cgroup namespace."""
-    return all(line.rpartition(":")[2] == "/" for line in cgroup.splitlines())
+    """Which group it is in, and what its own cgroup namespace makes of that."""
+    group = "the lab's" if inn.cgroup == out.cgroup else "its own"
+    if "cgroup" not in own:
+        return group
+    paths = {line.split(":", 2)[2] for line in inn.cgroup_seen.splitlines()}
+    return group + (", which it sees as /" if paths == {"/"} else ", which it sees above its /")
 
 
 def _capabilities(out: Sight, inn: Sight, own: set[str]) -> str:
