@@ -28,8 +28,15 @@ NEW_ROOT = "/tmp"
 CANNOT_RUN, NOT_FOUND, SET_UP_FAILED = 126, 127, 125
 """Exit statuses of the field: the program cannot be run, is not there; the container could not be made."""
 
-IGNORED = tuple(number for number in range(1, 65) if signal.getsignal(number) is signal.SIG_IGN)
-"""By Python itself (SIGPIPE, SIGXFSZ), and by whoever started us, as `nohup` ignores SIGHUP."""
+
+def ignored_signals() -> tuple[int, ...]:
+    """By Python itself (SIGPIPE, SIGXFSZ), and by whoever started us, as `nohup` ignores SIGHUP."""
+    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+        mask = next(int(line.split()[1], 16) for line in file if line.startswith("SigIgn:"))
+    return tuple(number for number in range(1, 65) if mask >> (number - 1) & 1)
+
+
+IGNORED = ignored_signals()
 
 TIOCSPTLCK, TIOCGPTN = 0x40045431, 0x80045430
 """Unlock a pseudo-terminal, and ask for its number; <asm-generic/ioctls.h>, man 2 TIOCSPTLCK."""
@@ -120,7 +127,7 @@ def start_program(process: Process, stdio: tuple[int, int, int], channel: int) -
         if process.no_new_privs:
             syscalls.prctl(PR_SET_NO_NEW_PRIVS, 1)
         for number in IGNORED:
-            signal.signal(number, signal.SIG_DFL)  # what is ignored stays ignored over exec
+            syscalls.default_signal(number)  # what is ignored stays ignored over exec
         syscalls.block_signals(0)
         os.write(channel, b"ready")
         if process.seccomp is not None and process.no_new_privs:

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from labkernel.container import Container
-from labkernel.linux import capabilities, mounts, seccomp
+from labkernel.linux import capabilities, mounts, seccomp, syscalls
 from tests.helpers import facts, inside, logged, needs_ids, own_home, rootless
 
 
@@ -378,8 +378,31 @@ result = [status['SigBlk'].strip(), status['ShdPnd'].strip(), os.nice(0), os.uma
 """
     nice = os.nice(0)  # these tests may be run with less urgency than others
     assert inside(program) == ["0" * 16, "0" * 16, nice, 0o022, "/", True]
-    ended = Container("python", ["grep", "SigIgn", "/proc/self/status"]).run()
-    assert ended.stdout.split()[1].strip(b"0") == b""
+
+
+STARTER = """
+import ctypes, os, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+ignore = (ctypes.c_ulong * 4)(1)
+number = int(sys.argv[1])
+assert ctypes.CDLL(None).syscall(number, 32, ignore, None, ctypes.c_size_t(8)) == 0
+os.execv(sys.executable, [sys.executable, "-c", sys.argv[2]])
+"""
+STARTED = """
+from labkernel import Container
+print(open("/proc/self/status").read())
+print(Container("python", ["cat", "/proc/self/status"]).run().stdout.decode())
+"""
+
+
+def test_what_the_starter_ignores_the_program_does_not() -> None:
+    """Neither SIGHUP, as with nohup, nor 32, which libc keeps for itself and so does not set back."""
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", STARTER, str(syscalls.SYS_rt_sigaction), STARTED]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
+    masks = [int(line.split()[1], 16) for line in done.stdout.splitlines() if line.startswith("SigIgn")]
+    assert masks[0] & (1 << 31 | 1) == 1 << 31 | 1
+    assert masks[1] == 0
 
 
 # ---------------------------------------------------------------------- processes

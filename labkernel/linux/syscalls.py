@@ -83,6 +83,7 @@ SYS_clone3 = 435
 SYS_close_range = 436
 SYS_mount_setattr = 442
 SYS_seccomp = {"x86_64": 317, "aarch64": 277}.get(platform.machine(), 317)
+SYS_rt_sigaction = {"x86_64": 13, "aarch64": 134}.get(platform.machine(), 13)
 SYS_pivot_root = {"x86_64": 155, "aarch64": 41}.get(platform.machine(), 155)
 
 # What usually lies behind an errno, for the calls whose man pages list many reasons.
@@ -220,6 +221,16 @@ def block_signals(mask: int = ALL_SIGNALS) -> int:
     new, old = SignalSet(mask), SignalSet()
     check(libc.sigprocmask(SIG_SETMASK, ctypes.byref(new), ctypes.byref(old)), "sigprocmask")
     return int(old[0])
+
+
+def default_signal(number: int) -> None:
+    """Let a signal do again what it does by itself, where it may have been ignored. man 2 sigaction.
+
+    Past libc, which knows no signal 32 or 33, which it uses itself; but a program may inherit them ignored.
+    """
+    default = ctypes.create_string_buffer(32)  # struct sigaction: SIG_DFL is 0, no flags, an empty mask
+    result = libc.syscall(SYS_rt_sigaction, ctypes.c_int(number), default, None, ctypes.c_size_t(8))
+    check(result, "rt_sigaction", f"signal {number}")
 
 
 def setdomainname(name: str) -> None:
