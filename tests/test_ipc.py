@@ -70,7 +70,7 @@ def test_what_is_not_there() -> None:
             attempt(ipc.shmget, KEY + 1),
             attempt(ipc.shmget, KEY, 4096, IPC_CREAT | IPC_EXCL),
             attempt(ipc.shm_remove, 12345),
-            attempt(ipc.attached(12345).__enter__),
+            attempt(ipc.shmat, 12345),
             attempt(ipc.semget, KEY),
             attempt(ipc.mq_open, "/none"),
         ]

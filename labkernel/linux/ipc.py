@@ -68,12 +68,18 @@ def shmget(key: int, size: int = 0, flags: int = 0) -> int:
     return check(libc.shmget(ctypes.c_int(key).value, size, flags), "shmget", f"key {key:#x}")
 
 
-@contextmanager
-def attached(identity: int, size: int = PAGE) -> Iterator[memoryview]:
-    """Attach shared memory to this process, as bytes to be read and written; detached at the end. man 2 shmat."""
+def shmat(identity: int) -> int:
+    """Attach shared memory to this process, until it ends; the address at which it begins. man 2 shmat."""
     address = libc.shmat(identity, None, 0)
     if address == ctypes.c_void_p(-1).value:
         check(-1, "shmat", f"identity {identity}")
+    return int(address)
+
+
+@contextmanager
+def attached(identity: int, size: int = PAGE) -> Iterator[memoryview]:
+    """Attach shared memory as bytes to be read and written, and detach it at the end."""
+    address = shmat(identity)
     memory = memoryview((ctypes.c_char * size).from_address(address)).cast("B")
     try:
         yield memory
