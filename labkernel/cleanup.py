@@ -30,6 +30,7 @@ def clean(parent: cgroups.CgroupParent | None) -> list[str]:
             continue
         if key and key.boot == state.boot_id() and (killed := end_session(key.pid)):
             removed.append(f"{killed} processes of launcher {key.pid}")
+        _remove_spare(path.with_suffix(".spare"), parent)
         path.unlink(missing_ok=True)
         removed.append(f"the record of launcher {path.stem}")
     for record in state.records():
@@ -45,7 +46,8 @@ def remove_leftovers(record: Mapping[str, Any], parent: cgroups.CgroupParent | N
         if init.alive():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(init.pid, signal.SIGKILL)
-    group = cgroups.at(record.get("cgroup")) or (parent.open(state.PREFIX + record["id"]) if parent else None)
+    name = record.get("group")
+    group = cgroups.at(record.get("cgroup")) or (parent.open(name) if parent and name else None)
     if group and any(os.path.isdir(path) for path in group.paths.values()):
         with contextlib.suppress(OSError):
             group.kill()
@@ -126,6 +128,15 @@ def _launcher_key(path: Path) -> state.ProcessKey | None:
         return state.ProcessKey(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
         return None
+
+
+def _remove_spare(path: Path, parent: cgroups.CgroupParent | None) -> None:
+    """Remove the group of a launcher's empty container; its processes have ended with the launcher."""
+    with contextlib.suppress(OSError, ValueError):
+        name = path.read_text().split()[:1]
+        if parent and name and name[0].startswith(state.PREFIX) and "/" not in name[0]:
+            parent.open(name[0]).remove()
+    path.unlink(missing_ok=True)
 
 
 def _pids() -> list[int]:

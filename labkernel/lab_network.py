@@ -12,8 +12,8 @@ import socket
 from typing import Any, NoReturn
 
 from labkernel import walls
-from labkernel.launcher import fork
 from labkernel.linux import namespaces, syscalls
+from labkernel.processes import fork
 
 ANSWERS_WITHIN = 60.0
 """Seconds; the first answer waits for the import of the netlink library."""

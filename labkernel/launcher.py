@@ -17,6 +17,7 @@ import gc
 import json
 import os
 import pickle
+import secrets
 import select
 import signal
 import socket
@@ -28,11 +29,15 @@ from typing import Any, NoReturn
 
 import cloudpickle
 
-from labkernel import cleanup, state, walls
+from labkernel import cleanup, empty, state, walls
 from labkernel.linux import cgroups, mounts, namespaces, syscalls, users
-from labkernel.spec import Prepared, Process, Spec, Volume
+from labkernel.processes import end_now, fork, kill
+from labkernel.spec import NAMESPACES, Order, Process, Spec, Volume
 
 Message = dict[str, Any]
+
+QUIET = 0.005
+"""Seconds without anything to do after which an empty container is made for the next one."""
 
 
 @dataclass
@@ -77,6 +82,8 @@ class Launcher:
         self.children: dict[int, Child] = {}  # by pidfd, and by the channel's descriptor
         self.detached = False
         self.network_helper: Any = None
+        self.spare: empty.Empty | None = None
+        self.wants_spare = False
         self.poll.register(control, select.EPOLLIN)
         self.wakeup, signal_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self.poll.register(self.wakeup, select.EPOLLIN)
@@ -88,7 +95,10 @@ class Launcher:
         """Serve until the control socket closes and, if told to detach, the last container has ended."""
         try:
             while self.control or (self.detached and self.children):
-                for fd, _ in self.poll.poll():
+                events = self.poll.poll(QUIET if self.wants_spare and self.control else None)
+                if not events:
+                    self._make_spare()
+                for fd, _ in events:
                     if fd in self.children:
                         self._child_event(fd)
                     elif self.control and fd == self.control.fileno():
@@ -184,7 +194,7 @@ class Launcher:
 
         pid, pidfd = fork(child)
         _send(channel, {"pid": pid})
-        killers = [lambda: _kill_group(pid), lambda: _kill(pidfd)]
+        killers = [lambda: _kill_group(pid), lambda: kill(pidfd)]
         self._watch(Child(pid, pidfd, channel, lambda status: {"status": status}, killers))
 
     def do_container(self, request: Message, channel: socket.socket, fds: list[int]) -> None:
@@ -198,7 +208,13 @@ class Launcher:
             "publish": list(spec.publish), "remove": spec.remove, "network": spec.network,
             "process": spec.process.as_record(), "namespaces": sorted(spec.namespaces),
         }  # fmt: skip
+        limits = self._limits(spec)
+        id_maps = users.container_map(self.id_maps) if "user" in spec.namespaces else ()
         with contextlib.ExitStack() as undo, contextlib.ExitStack() as closing:
+            spare = self._take_spare(spec)
+            if spare:
+                undo.callback(spare.end)
+            record["group"] = spare.name if spare else state.PREFIX + spec.id
             with _explained_home(), _holding_containers():
                 spec.directory.mkdir()
                 undo.callback(cleanup.remove_tree, str(spec.directory))
@@ -208,34 +224,38 @@ class Launcher:
             listeners = _listeners(spec, closing)
             # Where no port of the host was named, the kernel has chosen one.
             record["publish"] = [one.text(listener.getsockname()[1]) for one, listener in listeners]
-            group = self._make_cgroup(spec, undo)
+            vessel = spare or empty.make(spec.namespaces, id_maps, self.parent, record["group"], limits)
+            pid, group = vessel.pid, vessel.group
+            if spare and group:
+                group.set(limits)
+            if not spare:
+                undo.callback(vessel.end)
             record |= {
                 "cgroup": group.places if group else None,
-                "limits": spec.limits.given() if group else {},
+                "limits": limits.given(),
+                "state": "running",
+                "init": asdict(state.ProcessKey.of(pid)),
+                "pid": pid,
             }
             running = Running(spec, record, group)
-            id_maps = users.container_map(self.id_maps) if "user" in spec.namespaces else ()
             with _explained_home():
-                given = _prepare(spec, id_maps, group, request["logged"], channel, fds, closing)
-            pid, pidfd = _clone(spec, given, group)
-            undo.callback(_end_now, pid, pidfd)
-            record |= {"state": "running", "init": asdict(state.ProcessKey.of(pid)), "pid": pid}
-            if id_maps:
-                users.write_maps(pid, id_maps)
+                order = _prepare(spec, id_maps, request["logged"], channel, fds, closing)
             if listeners:
                 running.relay = _start_relay(listeners, pid)
-                undo.callback(_end_now, *running.relay)
+                undo.callback(end_now, *running.relay)
             if spec.network == "bridge":
                 self._network().attach(pid, spec.id, spec.name)
             with _explained_home():
                 state.write_record(spec.directory, record)
-            killers = [lambda: _kill(pidfd), *([lambda: _thaw(group)] if group else [])]
+            killers = [lambda: kill(vessel.pidfd), *([lambda: _thaw(group)] if group else [])]
             _send(channel, {"pid": pid, "cgroup": record["cgroup"]})
-            os.write(given.go_write, b"g")
+            vessel.give(order)
             undo.pop_all()
         self.detached = self.detached or spec.detach
         self._watch(
-            Child(pid, pidfd, channel, lambda status: self._ended(running, status), killers, spec.detach)
+            Child(
+                pid, vessel.pidfd, channel, lambda status: self._ended(running, status), killers, spec.detach
+            )
         )
 
     def do_exec(self, request: Message, channel: socket.socket, fds: list[int]) -> None:
@@ -257,7 +277,7 @@ class Launcher:
             os.close(go_write)
         status_of = walls.exit_status
         self._watch(
-            Child(pid, pidfd, channel, lambda status: {"status": status_of(status)}, [lambda: _kill(pidfd)])
+            Child(pid, pidfd, channel, lambda status: {"status": status_of(status)}, [lambda: kill(pidfd)])
         )
 
     def do_clean(self, _: Message, channel: socket.socket, __: list[int]) -> None:
@@ -272,8 +292,8 @@ class Launcher:
 
     # ------------------------------------------------------------------ parts of a container's life
 
-    def _make_cgroup(self, spec: Spec, undo: contextlib.ExitStack) -> cgroups.Cgroup | None:
-        """The container's group, limits set; None only where no limit was asked for and none can be had."""
+    def _limits(self, spec: Spec) -> cgroups.Limits:
+        """The limits that are set: none only where none was asked for and none can be had."""
         missing = self.parent.missing(spec.limits) if self.parent else list(spec.limits.given())
         if missing and spec.limits_required:
             raise cgroups.CgroupUnavailable(
@@ -281,19 +301,40 @@ class Launcher:
                 f"limits are asked for ({', '.join(spec.limits.given())}) that cannot be set here: "
                 + (self.no_cgroup or f"the controllers {', '.join(missing)} are not handed to us"),
             )
-        if self.parent is None:
+        return cgroups.Limits() if missing else spec.limits
+
+    def _take_spare(self, spec: Spec) -> empty.Empty | None:
+        """The empty container that was made in advance, where this one is like most."""
+        spare = self.spare
+        if spare is None or spec.limits.cpuset_cpus or spare.kinds != spec.namespaces or not spare.alive():
             return None
-        group = self.parent.create(state.PREFIX + spec.id)
-        undo.callback(group.remove)
-        if not missing:
-            group.set(spec.limits)
-        return group
+        self.spare = None
+        return spare
+
+    def _make_spare(self) -> None:
+        """Make an empty container for the next one; where that fails, the next one will say why."""
+        self.wants_spare = False
+        if self.spare and self.spare.alive():
+            return
+        if self.spare:
+            self.spare.end()
+            self.spare = None
+        name, file = state.PREFIX + secrets.token_hex(6), state.spare_file(os.getpid())
+        with contextlib.suppress(OSError), contextlib.ExitStack() as undo:
+            file.write_text(name)  # before it is made
+            maps = users.container_map(self.id_maps)
+            spare = empty.make(frozenset(NAMESPACES), maps, self.parent, name, cgroups.Limits())
+            undo.callback(spare.end)
+            file.write_text(f"{name} {spare.pid}")
+            undo.pop_all()
+            self.spare = spare
 
     def _ended(self, running: Running, status: int) -> Message:
         """Remove what the container was made of, and say how it ended and what it used."""
         spec, group = running.spec, running.group
+        self.wants_spare = True
         if running.relay:
-            _end_now(*running.relay)
+            end_now(*running.relay)
             os.close(running.relay[1])
         if spec.network == "bridge" and self.network_helper:
             with contextlib.suppress(OSError):
@@ -330,33 +371,15 @@ class Launcher:
                 if fd in pidfds:
                     self._child_event(fd)
             self._reap_adopted()
+        if self.spare:
+            self.spare.end()
+        state.spare_file(os.getpid()).unlink(missing_ok=True)
         if self.network_helper:
             self.network_helper.close()
         cleanup.end_session(os.getpid())
 
 
 # ---------------------------------------------------------------------- in children
-
-
-def fork(child: Callable[[], NoReturn], flags: int = 0, into: int | None = None) -> tuple[int, int]:
-    """clone3 a child that runs `child` and nothing else of us, whatever happens in it; its pid and pidfd.
-
-    It begins with all signals blocked, so that none finds it half made, and dies with the launcher.
-    """
-    before = syscalls.block_signals()
-    try:
-        pid, pidfd = syscalls.clone3(flags, into)
-        if pid:
-            return pid, pidfd
-        try:
-            signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
-            child()
-        finally:
-            os._exit(walls.SET_UP_FAILED)
-    finally:
-        syscalls.block_signals(before)
 
 
 def _run_function(stdio: tuple[int, int, int], result: int, pickled: bytes) -> NoReturn:
@@ -435,9 +458,9 @@ def _listeners(spec: Spec, closing: contextlib.ExitStack) -> list[tuple[Any, soc
 
 
 def _prepare(
-    spec: Spec, id_maps: tuple[users.IdMap, ...], group: cgroups.Cgroup | None, logged: list[int],
+    spec: Spec, id_maps: tuple[users.IdMap, ...], logged: list[int],
     channel: socket.socket, fds: list[int], closing: contextlib.ExitStack,
-) -> Prepared:  # fmt: skip
+) -> Order:  # fmt: skip
     """Open what the child needs; it could not walk there itself, our directories are closed to its ids."""
     owner = id_maps[0].outside if id_maps else 0
     directory = str(spec.directory)
@@ -462,22 +485,9 @@ def _prepare(
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
         log = opened(os.open("log", flags, 0o600, dir_fd=writable))
         fds = [log if number in logged else fd for number, fd in enumerate(fds)]
-    go_read, go_write = (opened(fd) for fd in os.pipe())
-    doors = tuple(opened(fd) for fd in (group.door_fds() if group else ()))
-    stdio = (fds[0], fds[1], fds[2])
-    return Prepared(
-        bool(id_maps), channel.fileno(), go_read, go_write, rootfs, writable, doors, volumes, stdio
-    )
-
-
-def _clone(spec: Spec, given: Prepared, group: cgroups.Cgroup | None) -> tuple[int, int]:
-    """The child, in all its namespaces but the cgroup's (it takes that one itself, once it is in its group)."""
-    into = group.into_fd if group else None
-    try:
-        return fork(lambda: walls.put_up(spec, given), namespaces.flags(spec.namespaces - {"cgroup"}), into)
-    finally:
-        if into is not None:
-            os.close(into)
+    pickled = opened(os.memfd_create(state.PREFIX + "spec", os.MFD_CLOEXEC))
+    os.write(pickled, pickle.dumps(spec))
+    return Order(pickled, channel.fileno(), rootfs, writable, (fds[0], fds[1], fds[2]), volumes)
 
 
 def _copied_mount(path: str) -> int:
@@ -514,7 +524,7 @@ def _user_namespace(id_maps: tuple[users.IdMap, ...]) -> Iterator[int]:
         with namespaces.opened(pid, "user") as fd:
             yield fd
     finally:
-        _end_now(pid, pidfd)
+        end_now(pid, pidfd)
         os.close(pidfd)
 
 
@@ -600,11 +610,6 @@ def _run_all(actions: list[Callable[[], None]]) -> None:
         action()
 
 
-def _kill(pidfd: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-
-
 def _kill_group(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
@@ -614,13 +619,6 @@ def _thaw(group: cgroups.Cgroup) -> None:
     """A frozen process of cgroup v1 does not even die before it is thawed."""
     with contextlib.suppress(OSError):
         group.thaw()
-
-
-def _end_now(pid: int, pidfd: int) -> None:
-    """Kill a child of ours that nobody watches, and reap it, unless `_reap_adopted` was quicker."""
-    _kill(pidfd)
-    with contextlib.suppress(ChildProcessError):
-        os.waitpid(pid, 0)
 
 
 def _enter_user_namespace(control_fd: int, join: int | None) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,23 +130,26 @@ class Spec:
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """What the launcher hands to the child besides the spec: descriptors."""
+class Order:
+    """What an empty container is told to become: descriptors, which are sent to its first process."""
 
-    mapped: bool
-    """Whether the container has a user namespace of its own, in which its first process becomes root."""
+    spec: int
+    """A file with the pickled `Spec`."""
     channel: int
-    go: int
-    go_write: int
     rootfs: int
     writable: int
-    cgroup: tuple[int, ...]
-    volumes: tuple[int, ...]
     stdio: tuple[int, int, int]
+    volumes: tuple[int, ...]
 
     def descriptors(self) -> tuple[int, ...]:
-        """All that the child has to keep open."""
-        return (self.channel, self.go, self.rootfs, self.writable, *self.cgroup, *self.volumes, *self.stdio)
+        """All of them, in the order in which `received` takes them."""
+        return (self.spec, self.channel, self.rootfs, self.writable, *self.stdio, *self.volumes)
+
+    @classmethod
+    def received(cls, fds: Sequence[int]) -> Order:
+        """The same order, by the numbers that the descriptors have with the one who got them."""
+        stdin, stdout, stderr = fds[4:7]
+        return cls(fds[0], fds[1], fds[2], fds[3], (stdin, stdout, stderr), tuple(fds[7:]))
 
 
 def parse_size(text: str | int, option: str, minimum: int = 0, maximum: int | None = None) -> int:

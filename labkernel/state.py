@@ -40,6 +40,11 @@ def launchers() -> Path:
     return home() / "launchers"
 
 
+def spare_file(launcher: int) -> Path:
+    """Where the launcher of this pid writes down the empty container that it keeps: its group, then its pid."""
+    return launchers() / f"{launcher}.spare"
+
+
 def names() -> Path:
     """One link a name that was chosen for a container; it says the container's id."""
     return home() / "names"

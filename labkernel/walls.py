@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import pickle
 import resource
 import signal
 import socket
@@ -20,7 +21,7 @@ from typing import NoReturn
 from labkernel.linux import capabilities, mounts, network, seccomp, syscalls
 from labkernel.linux.namespaces import FLAGS
 from labkernel.linux.syscalls import MOUNT_ATTR_RDONLY, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG
-from labkernel.spec import Prepared, Process, Spec
+from labkernel.spec import Order, Process, Spec
 
 NEW_ROOT = "/tmp"
 """Where the new root is put together. Any directory of the host does: the mount hides it from this process alone."""
@@ -38,72 +39,106 @@ def ignored_signals() -> tuple[int, ...]:
 
 IGNORED = ignored_signals()
 
+MOST_DESCRIPTORS = 253
+"""That the kernel sends in one message: SCM_MAX_FD, man 7 unix."""
+
 TIOCSPTLCK, TIOCGPTN = 0x40045431, 0x80045430
 """Unlock a pseudo-terminal, and ask for its number; <asm-generic/ioctls.h>, man 2 TIOCSPTLCK."""
 
 
-def put_up(spec: Spec, given: Prepared) -> NoReturn:
-    """Be the container's first process: take our place, let a second process build the rest, and be its init.
+def put_up(orders: socket.socket, kinds: frozenset[str], doors: tuple[int, ...]) -> NoReturn:
+    """Be the first process of a container: take our place, and be init to a second process, which waits for the order.
 
-    The walls are built by the second process, which then becomes the program: so this one, which stays as long as
-    the container, touches (and so copies) hardly any of the launcher's memory.
+    The order comes at once, or when there is a use for a container made in advance. Then the second process builds
+    the rest of the walls and becomes the program: so this one, which stays as long as the container, touches (and so
+    copies) hardly any of the launcher's memory.
     """
-    keep_only(given.descriptors())
-    if os.read(given.go, 1) != b"g":  # the launcher is gone, or could not write our id map
-        os._exit(SET_UP_FAILED)
+    keep_only((orders.fileno(), *doors))
+    trouble = None
     try:
-        for fd in given.cgroup:
-            os.write(fd, b"0")  # 0 is this process
-        if given.mapped:
-            become(0, 0)  # root of the new user namespace
-            syscalls.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # again: a change of the user resets it
-        syscalls.prctl(PR_SET_DUMPABLE, 0)  # nobody inside may look into this process
-        if "cgroup" in spec.namespaces:
-            syscalls.unshare(syscalls.CLONE_NEWCGROUP)  # only now: its root is the cgroup that we are in
-        builder = os.fork()
-        if builder == 0:
-            build(spec, given)
-            start_program(spec.process, given.stdio, given.channel)
-        forward = frozenset({capabilities.Capability.CAP_KILL})  # all that init needs: to forward signals
-        capabilities.capset(forward, forward)
+        take_place(orders, kinds, doors)
     except Exception as error:
-        tell_failure(given.channel, error)
+        trouble = error  # told when there is somebody to tell it to
+    orders.send(b"in place")
+    second = os.fork()
+    if second == 0:
+        order = receive(orders)
+        try:
+            if trouble:
+                raise trouble
+            spec = read_spec(order)
+            build(spec, order)
+        except Exception as error:
+            tell_failure(order.channel, error)
+        start_program(spec.process, order.stdio, order.channel)
+    forward = frozenset({capabilities.Capability.CAP_KILL})  # all that init needs: to forward signals
+    capabilities.capset(forward, forward)
     keep_only(())
-    be_init(builder)
+    be_init(second)
 
 
-def build(spec: Spec, given: Prepared) -> None:
-    """Fill the new namespaces: a name, a network, and a root of its own with nothing of the host in it."""
+def take_place(orders: socket.socket, kinds: frozenset[str], doors: tuple[int, ...]) -> None:
+    """Enter the group, become root of the new user namespace, and cut the ties of the other namespaces."""
+    for fd in doors:
+        os.write(fd, b"0")  # 0 is this process
+    if not orders.recv(16):  # the launcher is gone, or could not write our id map
+        os._exit(SET_UP_FAILED)
+    if "user" in kinds:
+        become(0, 0)
+        syscalls.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # again: a change of the user resets it
+    syscalls.prctl(PR_SET_DUMPABLE, 0)  # nobody inside may look into this process
+    if "cgroup" in kinds:
+        syscalls.unshare(syscalls.CLONE_NEWCGROUP)  # only now: its root is the cgroup that we are in
+    if "net" in kinds:
+        network.loopback_up()
+    mounts.set_propagation("/", "private")
+
+
+def receive(orders: socket.socket) -> Order:
+    """Wait for the order; without a launcher there will be none."""
+    words, fds, _, _ = socket.recv_fds(orders, 16, MOST_DESCRIPTORS)
+    if not words:
+        os._exit(SET_UP_FAILED)
+    keep_only(fds)
+    for fd in fds:
+        os.set_inheritable(fd, False)  # what comes by a socket goes through exec, if nobody forbids it
+    return Order.received(fds)
+
+
+def read_spec(order: Order) -> Spec:
+    """What the container shall be, from the order's file."""
+    os.lseek(order.spec, 0, os.SEEK_SET)
+    with open(order.spec, "rb", closefd=False) as file:
+        spec: Spec = pickle.load(file)
+    return spec
+
+
+def build(spec: Spec, order: Order) -> None:
+    """Fill the new namespaces: a name, and a root of its own with nothing of the host in it."""
     root = NEW_ROOT
     shared = set(FLAGS) - spec.namespaces
-    try:
-        if "uts" not in shared:
-            socket.sethostname(spec.hostname)
-        if "net" not in shared:
-            network.loopback_up()
-        mounts.set_propagation("/", "private")
-        lower = attach(given.rootfs, root)
-        writable = attach(given.writable, root)
-        mounts.overlay(root, [lower], f"{writable}/upper", f"{writable}/work")
-        mounts.proc(f"{root}/proc")
-        mounts.minimal_dev(f"{root}/dev", own_mqueue="ipc" not in shared)
-        if "net" in shared:
-            mounts.bind("/sys", f"{root}/sys", recursive=True)
-        else:
-            mounts.sysfs(f"{root}/sys")
-        for volume, tree in zip(spec.volumes, given.volumes, strict=True):
-            mount_point(root, volume.target, os.path.isdir(f"/proc/self/fd/{tree}"))
-            syscalls.move_mount(tree, f"{root}{volume.target}")
-        mounts.pivot_root_into(root)
-        if spec.masked_paths:
-            for path in mounts.MASKED_PATHS:
-                mounts.mask(path)
-            for path in mounts.READONLY_PATHS:
-                mounts.make_read_only(path)
-        if spec.read_only:
-            syscalls.mount_setattr(syscalls.AT_FDCWD, "/", attr_set=MOUNT_ATTR_RDONLY)
-    except Exception as error:
-        tell_failure(given.channel, error)
+    if "uts" not in shared:
+        socket.sethostname(spec.hostname)
+    lower = attach(order.rootfs, root)
+    writable = attach(order.writable, root)
+    mounts.overlay(root, [lower], f"{writable}/upper", f"{writable}/work")
+    mounts.proc(f"{root}/proc")
+    mounts.minimal_dev(f"{root}/dev", own_mqueue="ipc" not in shared)
+    if "net" in shared:
+        mounts.bind("/sys", f"{root}/sys", recursive=True)
+    else:
+        mounts.sysfs(f"{root}/sys")
+    for volume, tree in zip(spec.volumes, order.volumes, strict=True):
+        mount_point(root, volume.target, os.path.isdir(f"/proc/self/fd/{tree}"))
+        syscalls.move_mount(tree, f"{root}{volume.target}")
+    mounts.pivot_root_into(root)
+    if spec.masked_paths:
+        for path in mounts.MASKED_PATHS:
+            mounts.mask(path)
+        for path in mounts.READONLY_PATHS:
+            mounts.make_read_only(path)
+    if spec.read_only:
+        syscalls.mount_setattr(syscalls.AT_FDCWD, "/", attr_set=MOUNT_ATTR_RDONLY)
 
 
 def start_program(process: Process, stdio: tuple[int, int, int], channel: int) -> NoReturn:

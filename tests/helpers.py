@@ -184,11 +184,12 @@ def snapshot() -> Snapshot:
     syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)
     reap_orphans()
     descriptors = _descriptors()
-    pids = descendants()
+    groups, spares = _spares()
+    pids = [pid for pid in descendants() if pid not in spares]
     return Snapshot(
         frozenset(f"{pid} {_words(pid)}" for pid in pids if _words(pid)),
         frozenset(_mounts()),
-        frozenset(_cgroups(pids)),
+        frozenset(path for path in _cgroups(pids) if os.path.basename(path) not in groups),
         frozenset(name for _, name in socket.if_nameindex()),
         frozenset(_tables()),
         frozenset(_directories()),
@@ -269,6 +270,19 @@ def remove_home(place: Path) -> None:
     shutil.rmtree(place, ignore_errors=True)
 
 
+def _spares() -> tuple[set[str], set[int]]:
+    """The groups and processes of empty containers that launchers keep in readiness: they end with the launcher."""
+    groups, pids = set(), set()
+    taken = {record.get("group") for record in state.records()}
+    for path in state.launchers().glob("*.spare"):
+        with contextlib.suppress(OSError, ValueError):
+            group, pid = path.read_text().split()
+            if group not in taken and state.ProcessKey.of(int(path.stem)):
+                groups.add(group)
+                pids |= {int(pid), *descendants(int(pid))}
+    return groups, pids
+
+
 def _words(pid: int) -> str:
     try:
         name = Path(f"/proc/{pid}/comm").read_text().strip()
@@ -314,6 +328,7 @@ def _tables() -> list[str]:
 
 def _directories() -> list[str]:
     ours = [str(path) for kind in (state.containers(), state.launchers()) for path in kind.glob("*")]
+    ours = [path for path in ours if not path.endswith(".spare")]
     return ours + [str(path) for path in Path(tempfile.gettempdir()).glob(f"{state.PREFIX}*")]
 
 

@@ -408,7 +408,7 @@ def test_what_is_written_is_what_the_kernel_says() -> None:
     assert before != after
     for path, text in written:
         assert after[path] == text
-        assert container.spec.id in path
+        assert f"/{state.PREFIX}" in path
 
 
 @limits_are_there

@@ -257,3 +257,39 @@ def test_a_container_with_groups_of_its_own_below_and_many_processes() -> None:
     )  # init, sh, ten of sleep
     container.kill()
     assert_nothing_left(before, 5)
+
+
+def test_the_container_that_is_made_in_advance_is_cleaned_up_too() -> None:
+    """It is kept while the launcher has nothing to do; killed with the launcher, its group is found by the next one."""
+    children.close_launcher()
+    before = snapshot()
+    Container("python", ["true"]).run()
+    file = state.spare_file(children.launcher().process.pid)
+    end = time.monotonic() + 20
+    while not file.exists() or len(file.read_text().split()) < 2:
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    _, pid = file.read_text().split()
+    assert Path(f"/proc/{pid}/ns/net").exists()
+    launcher = children.launcher().process
+    launcher.kill()
+    launcher.wait()
+    children.launcher()
+    children.close_launcher()
+    assert_nothing_left(before)
+
+
+def test_the_container_that_is_made_in_advance_may_be_killed() -> None:
+    with Container("python", ["true"]) as first:
+        first.wait(20)
+    file = state.spare_file(children.launcher().process.pid)
+    end = time.monotonic() + 20
+    while not file.exists() or len(file.read_text().split()) < 2:
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    pid = int(file.read_text().split()[1])
+    os.kill(pid, signal.SIGKILL)
+    while Path(f"/proc/{pid}").exists():  # the launcher reaps it
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    assert Container("python", ["true"]).run().returncode == 0

@@ -132,8 +132,13 @@ def set_time_offsets(*, monotonic: float = 0, boottime: float = 0) -> None:
 
 @contextmanager
 def opened(pid: int, kind: str) -> Iterator[int]:
-    """A descriptor of one namespace of process `pid`, for `setns`, or to keep it alive."""
-    fd = os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC)
+    """A descriptor of one namespace of process `pid`, for `setns`, or to keep it alive. Raises ProcessLookupError."""
+    try:
+        fd = os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise ProcessLookupError(
+            errno.ESRCH, f"process {pid} has ended, or has no {kind} namespace"
+        ) from None
     try:
         yield fd
     finally:
