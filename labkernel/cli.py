@@ -337,34 +337,18 @@ def execute(
 
 
 def _until_ended(channel: Channel, interactive: bool) -> int:
-    """Attend a program that `exec` has started, and return its exit status; when we are to end, it is killed."""
-    from labkernel import children, monitor
-
-    pid = 0
-    message: children.Message | bytes = b""
-    try:
-        while True:
-            message, fds = channel.message_and_fds()
-            if isinstance(message, dict):
-                if "error" in message:
-                    raise message["error"]
-                if "status" in message:
-                    return int(message["status"])
-                pid = message["pid"]
-            elif message == b"tty":
-                _attend(fds[0], interactive)
-            elif message.startswith(b"failed "):
-                raise RuntimeError(message.decode().split(" ", 2)[2])
-    except (KeyboardInterrupt, SystemExit):
-        # The program's own children would go on, as children of the container's init. A group is killed as a whole:
-        # from a list alone a child would be missing that is being forked at this moment.
-        for descendant in monitor.descendants(pid)[1:] if pid else ():
-            for kill in (os.killpg, os.kill):
-                with contextlib.suppress(ProcessLookupError):
-                    kill(descendant, signal.SIGKILL)
-        while not (isinstance(message, dict) and "status" in message):
-            message = channel.message(children.STARTED_WITHIN)
-        raise
+    """Attend a program that `exec` has started, and return its status.  If we end before it, the launcher kills it."""
+    while True:
+        message, fds = channel.message_and_fds()
+        if isinstance(message, dict):
+            if "error" in message:
+                raise message["error"]
+            if "status" in message:
+                return int(message["status"])
+        elif message == b"tty":
+            _attend(fds[0], interactive)
+        elif message.startswith(b"failed "):
+            raise RuntimeError(message.decode().split(" ", 2)[2])
 
 
 def _start_launcher() -> None:

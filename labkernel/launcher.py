@@ -277,7 +277,13 @@ class Launcher:
             os.close(go_write)
         status_of = walls.exit_status
         self._watch(
-            Child(pid, pidfd, channel, lambda status: {"status": status_of(status)}, [lambda: kill(pidfd)])
+            Child(
+                pid,
+                pidfd,
+                channel,
+                lambda status: {"status": status_of(status)},
+                [lambda: _ask_to_end(pidfd)],
+            )
         )
 
     def do_clean(self, _: Message, channel: socket.socket, __: list[int]) -> None:
@@ -440,8 +446,12 @@ def _enter_and_run(
     except Exception as error:
         walls.tell_failure(channel.fileno(), error)
     walls.keep_only(())
-    _, status = os.waitpid(pid, 0)
-    os._exit(walls.exit_status(status))
+    while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
+        if signal.sigwait({signal.SIGCHLD, signal.SIGTERM}) == signal.SIGTERM:  # the asker hung up
+            for end in (os.killpg, os.kill):  # what it has started, too; it leads a group of its own
+                with contextlib.suppress(ProcessLookupError):
+                    end(pid, signal.SIGKILL)
+    os._exit(walls.exit_status(ended[1]))
 
 
 # ---------------------------------------------------------------------- what a container needs before its start
@@ -608,6 +618,12 @@ def _described(error: BaseException) -> Message:
 def _run_all(actions: list[Callable[[], None]]) -> None:
     for action in actions:
         action()
+
+
+def _ask_to_end(pidfd: int) -> None:
+    """SIGTERM a process of ours that kills what it has started, and then ends."""
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(pidfd, signal.SIGTERM)
 
 
 def _kill_group(pid: int) -> None:

@@ -635,11 +635,14 @@ def test_a_session_by_exec() -> None:
         assert session.process.wait(PATIENCE) == 4
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
+)
 def test_an_exec_that_is_interrupted_ends(number: int, status: int) -> None:
     with detached("box", "sleep", "1000"):
         with started("exec", "box", "sh", "-c", "echo ready; sleep 777; :") as (process, output):
             assert output.readline() == b"ready\n"
+            waited_for(lambda: "sleep 777\n" in printed("exec", "box", "ps", "-A", "-o", "args"), "its start")
             process.send_signal(number)
             assert process.wait(PATIENCE) == status
         waited_for(lambda: "sleep 777" not in printed("exec", "box", "ps", "-A", "-o", "args"), "its end")
