@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from labkernel.image.weigh import Weight
 from labkernel.lab import figures
+from labkernel.linux.network import Interface
 from labkernel.monitor import Recording, Sample
 
 MIB = 1 << 20
@@ -167,3 +168,43 @@ def test_a_grid_shows_each_word_and_marks_those_that_differ() -> None:
     assert words == [("a", "normal"), ("b", "bold"), ("a", "normal"), ("a", "normal")]
     assert [patch.get_hatch() or "" for patch in axes.patches] == ["", "//", "", ""]
     assert figures.describe_grid(["uts", "net"], rows) == "A table. one: uts a, net b. other: uts a, net a."
+
+
+def interface(
+    name: str, address: str = "", *, kind: str = "veth", up: bool = True, bridge: str = ""
+) -> Interface:
+    addresses = (address, "fe80::1/64") if address else ()
+    return Interface(1, name, kind, up, "", 1500, bridge or None, addresses, 0, 0, 0, 0, None)
+
+
+def test_a_network_is_drawn_with_its_cables_and_what_is_off_is_dotted_and_named() -> None:
+    networks = {
+        "web": [interface("lo", "127.0.0.1/8"), interface("eth0", "10.0.0.2/24")],
+        "db": [interface("eth0", "10.0.0.3/24")],
+        "router": [
+            interface("br0", "10.0.0.1/24", kind="bridge"),
+            interface("to-web", bridge="br0"),
+            interface("to-db", bridge="br0", up=False),
+            interface("up", "192.0.2.1/24"),
+        ],
+        "outside": [interface("eth0", "192.0.2.2/24")],
+    }
+    cables = [
+        (("web", "eth0"), ("router", "to-web")),
+        (("db", "eth0"), ("router", "to-db")),
+        (("router", "up"), ("outside", "eth0")),
+    ]
+    axes = figures.network_figure(networks, cables, "a title").axes[0]
+    words = [text.get_text() for text in axes.texts]
+    assert {"web", "db", "router", "outside", "eth0\n10.0.0.2/24", "to-db (off)", "up\n192.0.2.1/24"} <= set(
+        words
+    )
+    assert "br0   10.0.0.1/24" in words
+    drawn = [line.get_linestyle() for line in axes.lines if line.get_linewidth() == 2]
+    assert drawn == ["-", ":", "-"]
+    heights = {text.get_text(): text.get_position()[1] for text in axes.texts}
+    assert heights["web"] < heights["router"] < heights["outside"]
+    told = figures.describe_network(networks, cables)
+    assert "router has the bridge br0 (10.0.0.1/24) with the ports to-web, to-db" in told
+    assert "a cable from eth0 of db (10.0.0.3/24) to to-db of router (off)" in told
+    assert "fe80" not in told + "".join(words)

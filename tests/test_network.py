@@ -153,6 +153,29 @@ def test_a_veth_pair_by_hand(user: str) -> None:
 
 
 @either_user
+def test_netlink_tells_which_ends_belong_together(user: str) -> None:
+    def work() -> None:
+        own = os.open("/proc/self/ns/net", os.O_RDONLY)
+        with namespace() as one, namespace() as two:
+            for netns in (one, two):  # as many interfaces in both, so that their numbers are the same
+                network.add_veth(f"lk-{netns}", "eth0", netns)
+            with entered(one):
+                network.add_veth("lk-across", "eth1", two)
+            network.add_veth("lk-left", "lk-right")
+            assert network.cables({"two": two, "one": one}) == [(("two", "eth1"), ("one", "lk-across"))]
+            assert network.cables({"here": own, "one": one, "two": two}) == [
+                (("here", f"lk-{one}"), ("one", "eth0")),
+                (("here", f"lk-{two}"), ("two", "eth0")),
+                (("here", "lk-right"), ("here", "lk-left")),
+                (("one", "lk-across"), ("two", "eth1")),
+            ]
+            bridgeless = {found.name: found.peer for found in network.interfaces()}
+            assert bridgeless["lo"] is None
+
+    in_new_namespace(work, user)
+
+
+@either_user
 def test_containers_on_the_bridge_fetch_from_each_other(user: str) -> None:
     def work() -> Any:
         lab = LabNetwork()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from labkernel.image.weigh import Weight
+    from labkernel.linux.network import End, Interface
 
 BLUE, ORANGE, VERMILION, GREEN, SKY = "#0072b2", "#e69f00", "#d55e00", "#009e73", "#56b4e9"
 MIB = 1 << 20
@@ -226,6 +227,97 @@ def describe_grid(columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> 
         for name, row in rows.items()
     )
     return "A table. " + ". ".join(lines) + "."
+
+
+# ---------------------------------------------------------------------- who is connected with whom
+
+
+def network_figure(
+    networks: Mapping[str, Sequence[Interface]], cables: Sequence[tuple[End, End]], title: str = ""
+) -> Figure:
+    """Draw network namespaces as boxes, their bridge as a bar, and the cables between them; what is off is dotted.
+
+    The one with a bridge lies in the middle, below it those that are plugged into it, above it the others.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    middle = next(name for name, found in networks.items() if any(one.kind == "bridge" for one in found))
+    ports = [(middle, one.name) for one in networks[middle] if one.bridge]
+    plugged = {other[0] for port in ports if (other := _other_end(port, cables))}
+    below = [name for name in networks if name in plugged]
+    above = [name for name in networks if name not in (*below, middle)]
+    width = 3.0 * max(len(below), len(above), 1)
+    figure = Figure(figsize=(8, 5.2 if above else 3.7), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set(xlim=(-0.1, width + 0.1), ylim=(-0.1, 6.3 if above else 4.3))
+    axes.axis("off")
+    axes.set_title(title, fontsize=10)
+    places: dict[End, tuple[float, float]] = {}
+
+    def box(name: str, left: float, bottom: float, wide: float, high: float, label: float) -> None:
+        axes.add_patch(Rectangle((left, bottom), wide, high, facecolor="#f4f4f4", edgecolor="#333333"))
+        axes.text(left + 0.1, label, name, fontsize=11, weight="bold", va="center")
+
+    def socket(name: str, one: Interface, x: float, y: float) -> None:
+        words = "\n".join([one.name + ("" if one.up else " (off)"), *_ipv4(one)])
+        style = {"boxstyle": "square", "facecolor": "white", "linestyle": "-" if one.up else ":"}
+        axes.text(x, y, words, fontsize=8.5, ha="center", va="center", bbox=style, zorder=3)
+        places[name, one.name] = x, y
+
+    box(middle, 0, 2.1, width, 2.1, 3.15)
+    for names, bottom in ((below, 0.0), (above, 5.0)):
+        for index, name in enumerate(names):
+            left = width * (index + 0.5) / len(names) - 1.3
+            box(name, left, bottom, 2.6, 1.1, bottom + (0.25 if names is below else 0.85))
+            ends = [one for one in networks[name] if one.name != "lo"]
+            for number, one in enumerate(ends, 1):
+                x = left + 2.6 * number / (len(ends) + 1)
+                socket(name, one, x, bottom + (0.75 if names is below else 0.35))
+    for one in networks[middle]:
+        if one.kind == "bridge":
+            words = "   ".join([one.name, *_ipv4(one)]) + ("" if one.up else " (off)")
+            axes.add_patch(Rectangle((1.2, 2.95), width - 1.4, 0.4, facecolor="#cfe3f1", edgecolor="black"))
+            axes.text(width / 2 + 0.5, 3.15, words, fontsize=8.5, ha="center", va="center")
+        elif other := _other_end((middle, one.name), cables):
+            if one.bridge:
+                x = places[other][0]
+                axes.plot([x, x], [2.45, 2.95], color="black", linewidth=1)
+                socket(middle, one, x, 2.45)
+            elif other in places:
+                socket(middle, one, places[other][0], 3.85)
+    for pair in cables:
+        if pair[0] in places and pair[1] in places:
+            on = all(one.up for name, end in pair for one in networks[name] if one.name == end)
+            (x1, y1), (x2, y2) = places[pair[0]], places[pair[1]]
+            axes.plot([x1, x2], [y1, y2], color="black", linewidth=2, linestyle="-" if on else ":", zorder=2)
+    return figure
+
+
+def _ipv4(one: Interface) -> list[str]:
+    return [address for address in one.addresses if ":" not in address]
+
+
+def _other_end(end: End, cables: Sequence[tuple[End, End]]) -> End | None:
+    return next((pair[pair[0] == end] for pair in cables if end in pair), None)
+
+
+def describe_network(networks: Mapping[str, Sequence[Interface]], cables: Sequence[tuple[End, End]]) -> str:
+    """Say in words what such a picture shows."""
+    found = {(name, one.name): one for name, ends in networks.items() for one in ends}
+    bridges = [
+        f"{name} has the bridge {one.name} ({', '.join(_ipv4(one))}) with the ports "
+        + ", ".join(port.name for port in networks[name] if port.bridge == one.name)
+        for (name, _), one in found.items()
+        if one.kind == "bridge"
+    ]
+
+    def words(end: End) -> str:
+        notes = [*_ipv4(found[end]), *([] if found[end].up else ["off"])]
+        return f"{end[1]} of {end[0]}" + (f" ({', '.join(notes)})" if notes else "")
+
+    lines = [f"a cable from {words(one)} to {words(other)}" for one, other in cables]
+    return "Network namespaces as boxes. " + "; ".join([*bridges, *lines]) + "."
 
 
 # ---------------------------------------------------------------------- what an image weighs

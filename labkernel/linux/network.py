@@ -14,7 +14,7 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +62,7 @@ def entered(netns: int) -> Iterator[None]:
 class Interface:
     """A network interface, and what has gone through it."""
 
+    number: int
     name: str
     kind: str
     """"veth", "bridge", …; "" for hardware and the loopback."""
@@ -76,6 +77,12 @@ class Interface:
     rx_bytes: int
     tx_packets: int
     tx_bytes: int
+    peer: tuple[int | None, int] | None
+    """A veth's other end: the namespace's id, as this one counts others (None: the same one), and its number there."""
+
+
+End = tuple[str, str]
+"""Where an end of a cable is: the name of a namespace, and the interface's."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +186,7 @@ def interfaces() -> list[Interface]:
         counters = link.get("stats64")
         found.append(
             Interface(
+                number=link["index"],
                 name=link.get("ifname"),
                 kind=link.get(("linkinfo", "kind")) or "",
                 up=bool(link["flags"] & IFF_UP),
@@ -194,8 +202,34 @@ def interfaces() -> list[Interface]:
                 rx_bytes=counters["rx_bytes"],
                 tx_packets=counters["tx_packets"],
                 tx_bytes=counters["tx_bytes"],
+                peer=(link.get("link_netnsid"), link.get("link"))
+                if link.get(("linkinfo", "kind")) == "veth"
+                else None,
             )
         )
+    return found
+
+
+def cables(netns: Mapping[str, int]) -> list[tuple[End, End]]:
+    """The veth pairs that lead from one to another of these namespaces (descriptors, by a name that you give them).
+
+    In a namespace, others have ids: RTM_GETNSID in man 7 rtnetlink tells which is whose. Raises OSError.
+    """
+    numbers: dict[str, dict[int, Interface]] = {}
+    ids: dict[str, dict[int | None, str]] = {}
+    for where, fd in netns.items():
+        with entered(fd), _netlink("ask for the ids of namespaces") as ip:
+            numbers[where] = {one.number: one for one in interfaces()}
+            ids[where] = {ip.get_netnsid(fd=other)["nsid"]: name for name, other in netns.items()}
+            ids[where][None] = where
+    found: list[tuple[End, End]] = []
+    for where, ours in numbers.items():
+        for one in ours.values():
+            there = ids[where].get(one.peer[0]) if one.peer else None
+            if one.peer and there and one.peer[1] in numbers[there]:
+                end, other = (where, one.name), (there, numbers[there][one.peer[1]].name)
+                if (other, end) not in found:
+                    found.append((end, other))
     return found
 
 
