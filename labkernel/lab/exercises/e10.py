@@ -15,7 +15,7 @@ from labkernel.lab.checks import NotYet, exercise, run_answer
 from labkernel.lab.fork import waiting
 from labkernel.linux import namespaces, network, syscalls
 
-SOON = 2.0
+SOON = 1.5
 """Seconds within which a connection has to be made, or is taken to be impossible."""
 
 PORT = 80
