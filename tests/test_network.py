@@ -295,6 +295,41 @@ def test_outside_sees_the_address_of_the_uplink_and_reaches_only_what_is_publish
     in_new_namespace(work, user)
 
 
+@either_user
+def test_a_router_that_is_not_told_to_refuse_lets_everybody_in(user: str) -> None:
+    def work() -> None:
+        lab = LabNetwork()
+        with ExitStack() as stack:
+            one, outside = (stack.enter_context(namespace()) for _ in range(2))
+            lab.attach("one", one)
+            network.add_veth("lk-up", "eth0", outside)
+            network.add_address("lk-up", "192.0.2.1/24")
+            network.set_up("lk-up")
+            with entered(outside):
+                network.add_address("eth0", "192.0.2.2/24")
+                network.set_up("eth0")
+                network.add_route("10.213.0.0/16", "192.0.2.1")
+                network.wait_until_it_carries("eth0")
+            network.wait_until_it_carries("lk-up")
+            network.masquerade("lk-up")
+            stack.enter_context(listener(one, "0.0.0.0"))
+            there = stack.enter_context(listener(outside, "192.0.2.2"))
+
+            connect(outside, "10.213.0.2").close()
+            network.refuse("lk-up", "10.212.0.0/16")
+            network.refuse("lk-up", "10.213.0.3/32")
+            connect(outside, "10.213.0.2").close()
+            network.refuse("lk-up", "10.213.0.0/30")
+            with pytest.raises(TimeoutError):
+                connect(outside, "10.213.0.2")
+            lab.publish("lk-up", 8080, "one", 80)
+            connect(outside, "192.0.2.1", 8080).close()
+            connect(one, "192.0.2.2").close()
+            assert there.accept()[1][0] == "192.0.2.1"
+
+    in_new_namespace(work, user)
+
+
 def test_a_full_subnet_says_so() -> None:
     def work() -> None:
         lab = LabNetwork("10.214.0.0/30")

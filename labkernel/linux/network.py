@@ -258,7 +258,9 @@ def forward() -> None:
 
 TABLE = "labkernel"
 POSTROUTING_PRIORITY, PREROUTING_PRIORITY = 100, -100  # NF_IP_PRI_NAT_SRC, NF_IP_PRI_NAT_DST
-ACCEPT = 1  # NF_ACCEPT
+RAW_PRIORITY = -300  # NF_IP_PRI_RAW: before any address is translated
+DROP, ACCEPT = 0, 1  # NF_DROP, NF_ACCEPT
+NOT_BELOW, NOT_ABOVE = 5, 3  # NFT_CMP_GTE, NFT_CMP_LTE
 
 Expression = list[Any]
 
@@ -288,6 +290,31 @@ def redirect(uplink: str, port: int, address: str, to_port: int) -> None:
     with _nftables(f"redirect {uplink}:{port} to {address}:{to_port}") as nft:
         _nat_chains(nft)
         nft.rule("add", table=TABLE, chain="prerouting", expressions=rule)
+
+
+def refuse(uplink: str, subnet: str) -> None:
+    """Drop what comes in by `uplink` and is addressed to `subnet`: nft's `iifname UPLINK ip daddr SUBNET drop`.
+
+    It looks at packets before addresses are translated, so answers and what is published still come through.
+    """
+    import ipaddress
+
+    from pyroute2.nftables.expressions import verdict
+
+    addresses = ipaddress.IPv4Network(subnet)
+    rule = (
+        _interface_is("NFT_META_IIFNAME", uplink),
+        _expression("payload", dreg=1, base=1, offset=16, len=4),  # the IP header's destination
+        _expression("cmp", sreg=1, op=NOT_BELOW, data=_value(addresses[0].packed)),
+        _expression("cmp", sreg=1, op=NOT_ABOVE, data=_value(addresses[-1].packed)),
+        _expression("counter"),
+        verdict(DROP),
+    )
+    with _nftables(f"refuse packets by {uplink} for {subnet}") as nft:
+        nft.table("add", name=TABLE)
+        chain = {"name": "refuse", "hook": "prerouting", "type": "filter", "priority": RAW_PRIORITY}
+        nft.chain("add", table=TABLE, policy=ACCEPT, **chain)
+        nft.rule("add", table=TABLE, chain="refuse", expressions=rule)
 
 
 def stop_redirecting() -> None:
