@@ -17,6 +17,8 @@ from labkernel.linux import namespaces, network, syscalls
 
 SOON = 1.5
 """Seconds within which a connection has to be made, or is taken to be impossible."""
+AT_ONCE = 0.5
+"""Seconds for a connection that must not come about, between neighbours who would make it in a millisecond."""
 
 PORT = 80
 UPLINK, OUTSIDE = "192.0.2.1", "192.0.2.2"
@@ -38,19 +40,19 @@ def _in(pid: int) -> Iterator[None]:
         yield
 
 
-def _reaches(caller: int, called: int, address: str) -> str | None:
+def _reaches(caller: int, called: int, address: str, within: float = SOON) -> str | None:
     """Connect from one network to a server in another; the address from which it came, None where it does not come."""
     with contextlib.ExitStack() as held:
         with _in(called):
             server = held.enter_context(socket.create_server(("", PORT)))
         with _in(caller):
             client = held.enter_context(socket.socket())
-            client.settimeout(SOON)
+            client.settimeout(within)
             try:
                 client.connect((address, PORT))
             except OSError:
                 return None
-        server.settimeout(SOON)
+        server.settimeout(within)
         try:
             connection, peer = server.accept()
         except TimeoutError:  # somebody else has answered
@@ -161,7 +163,8 @@ def _judge_cut(
         return "a process has ended: the box is to run on"
     if not _reaches(one, other, others_address):
         return "the other two boxes do not reach each other any more"
-    if _reaches(one, box, address) or _reaches(box, one, addresses[boxes.index(one)]):
+    ones_address = addresses[boxes.index(one)]
+    if _reaches(one, box, address, AT_ONCE) or _reaches(box, one, ones_address, AT_ONCE):
         return "the box still reaches the others"
     end = _interfaces(box).get("eth0")
     if end is None:
@@ -171,8 +174,8 @@ def _judge_cut(
     with _in(box):  # who is root in there can do that
         network.set_up("eth0")
     with contextlib.suppress(OSError), _in(box):
-        network.wait_until_it_carries("eth0", 0.2)
-    if _reaches(box, one, addresses[boxes.index(one)]):
+        network.wait_until_it_carries("eth0", 0.7)
+    if _reaches(box, one, ones_address, AT_ONCE):
         return "the box has switched its own end on again, and is back"
     return ""
 
