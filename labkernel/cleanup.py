@@ -36,7 +36,44 @@ def clean(parent: cgroups.CgroupParent | None) -> list[str]:
     for record in state.records():
         if record["state"] == "dead":
             removed += remove_leftovers(record, parent)
-    return removed + _remove_unfinished()
+    return removed + remove_groups_of_ended_children(parent) + _remove_unfinished()
+
+
+CHILD_GROUPS = state.PREFIX + "child-"
+
+
+def groups_of_child(pid: int) -> str:
+    """How the names of those control groups begin that a child of a launcher has made by hand (`lab.group`)."""
+    return f"{CHILD_GROUPS}{pid}-"
+
+
+def remove_groups_of_ended_children(parent: cgroups.CgroupParent | None) -> list[str]:
+    """Remove the groups that were made by a child that was killed with its launcher, or by one that outlived both."""
+    removed = []
+    for name in parent.names(CHILD_GROUPS) if parent else ():
+        child = int(name.removeprefix(CHILD_GROUPS).partition("-")[0])
+        if not _session_of(child):  # it has ended, though nobody may have reaped it
+            removed += remove_groups_of_child(child, parent)
+    return removed
+
+
+def remove_groups_of_child(pid: int, parent: cgroups.CgroupParent | None) -> list[str]:
+    """Remove the control groups that a child made by hand, with who is still in them, and the groups inside them."""
+    removed: list[str] = []
+    if parent is None:
+        return removed
+    for name in parent.names(groups_of_child(pid)):
+        group = parent.open(name)
+        with contextlib.suppress(OSError):
+            group.thaw()  # in cgroup v1, who is frozen does not even die
+        for path in dict.fromkeys(group.paths.values()):
+            for directory, _, _ in os.walk(path, topdown=False):
+                for member in cgroups.read(f"{directory}/cgroup.procs").split():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(int(member), signal.SIGKILL)
+                cgroups.remove_directory(Path(directory), timeout=5)
+        removed.append(f"group {name}")
+    return removed
 
 
 def remove_leftovers(record: Mapping[str, Any], parent: cgroups.CgroupParent | None) -> list[str]:

@@ -195,7 +195,12 @@ class Launcher:
         pid, pidfd = fork(child)
         _send(channel, {"pid": pid})
         killers = [lambda: _kill_group(pid), lambda: kill(pidfd)]
-        self._watch(Child(pid, pidfd, channel, lambda status: {"status": status}, killers))
+
+        def at_end(status: int) -> Message:
+            cleanup.remove_groups_of_child(pid, self.parent)
+            return {"status": status}
+
+        self._watch(Child(pid, pidfd, channel, at_end, killers))
 
     def do_container(self, request: Message, channel: socket.socket, fds: list[int]) -> None:
         """Start a container from its specification."""
@@ -383,6 +388,7 @@ class Launcher:
         if self.network_helper:
             self.network_helper.close()
         cleanup.end_session(os.getpid())
+        cleanup.remove_groups_of_ended_children(self.parent)
 
 
 # ---------------------------------------------------------------------- in children

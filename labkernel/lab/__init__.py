@@ -20,6 +20,7 @@ from __future__ import annotations
 from labkernel.lab.calm import calmly
 from labkernel.lab.checks import check
 from labkernel.lab.fork import in_fork, waiting
+from labkernel.lab.group import group
 from labkernel.lab.look import look
 from labkernel.lab.notebook import begin, end, requirements, show_source
 from labkernel.lab.quiz import predict
@@ -32,6 +33,7 @@ __all__ = [
     "calmly",
     "check",
     "end",
+    "group",
     "in_fork",
     "inside_outside",
     "look",

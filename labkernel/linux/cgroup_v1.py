@@ -242,6 +242,10 @@ class ParentV1(CgroupParent):
     def open(self, name: str) -> CgroupV1:
         return CgroupV1({tree: str(path / name) for tree, path in self._directories.items()})
 
+    def names(self, prefix: str) -> list[str]:
+        trees = dict.fromkeys(self._directories.values())
+        return sorted({name for path in trees for name in os.listdir(path) if name.startswith(prefix)})
+
 
 def _sum_of(way: str, words: list[str]) -> int:
     """The bytes of "8:0 Read 4096 8:0 Write 0 … Total 4096"."""

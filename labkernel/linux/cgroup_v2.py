@@ -193,6 +193,9 @@ class ParentV2(CgroupParent):
     def open(self, name: str) -> Cgroup:
         return CgroupV2(self.directory / name)
 
+    def names(self, prefix: str) -> list[str]:
+        return sorted(name for name in os.listdir(self.directory) if name.startswith(prefix))
+
 
 def settings(limits: Limits) -> list[tuple[str, str]]:
     """The files and texts that stand for `limits`, in the order in which they are to be written."""

@@ -8,6 +8,7 @@ Source: https://docs.kernel.org/admin-guide/cgroup-v2.html and https://docs.kern
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import time
 from abc import ABC, abstractmethod
@@ -177,6 +178,10 @@ class CgroupParent(ABC):
     def open(self, name: str) -> Cgroup:
         """The group `name` that somebody made before, without checking that it exists."""
 
+    @abstractmethod
+    def names(self, prefix: str) -> list[str]:
+        """The groups here whose names begin so."""
+
     def missing(self, limits: Limits) -> list[str]:
         """The controllers that `limits` needs and that are not to be had here."""
         wanted = dict.fromkeys(CONTROLLERS[name] for name in limits.given())
@@ -218,9 +223,11 @@ def own_paths(pid: int | str = "self") -> dict[str, str]:
     return paths
 
 
+@functools.cache
 def parent() -> CgroupParent:
     """Find out which version this machine uses, and where below our own group we may make groups.
 
+    It is found out once, and children inherit the answer: who is in a cgroup namespace cannot find it out any more.
     v2 is taken where its tree has controllers, otherwise v1. Raises CgroupUnavailable with reason and remedy.
     """
     from labkernel.linux.cgroup_v1 import ParentV1
