@@ -168,11 +168,14 @@ def _launcher_key(path: Path) -> state.ProcessKey | None:
 
 
 def _remove_spare(path: Path, parent: cgroups.CgroupParent | None) -> None:
-    """Remove the group of a launcher's empty container; its processes have ended with the launcher."""
+    """Remove the group of a launcher's empty container; its processes end with the launcher, or now."""
     with contextlib.suppress(OSError, ValueError):
         name = path.read_text().split()[:1]
         if parent and name and name[0].startswith(state.PREFIX) and "/" not in name[0]:
-            parent.open(name[0]).remove()
+            group = parent.open(name[0])
+            with contextlib.suppress(OSError):
+                group.kill()
+            group.remove()
     path.unlink(missing_ok=True)
 
 

@@ -113,6 +113,11 @@ USUAL_CAUSES: Mapping[tuple[str, int], str] = {
         errnos.EINVAL,
     ): "an option that this file system does not know, or for overlay an upperdir on a file "
     "system without extended attributes (overlay itself, NFS): put it on a tmpfs or a disk",
+    (
+        "bind mount",
+        errnos.EINVAL,
+    ): "the source is unbindable, or locked to what is mounted below it in a namespace above",
+    ("bind mount", errnos.EPERM): "needs CAP_SYS_ADMIN in the user namespace that owns this mount namespace",
     ("mount", errnos.ENODEV): "this kernel has no such file system",
     ("mount", errnos.EBUSY): "the target or the source is in use already",
     ("umount2", errnos.EINVAL): "not a mount point, or one that is locked to a mount namespace above",
@@ -190,7 +195,7 @@ def mount(
     result = libc.mount(_bytes(source), os.fsencode(target), _bytes(fstype), flags, _bytes(data))
     if result == -1:
         words = ", ".join(word for word in (fstype or source, f"on {os.fspath(target)}", data) if word)
-        check(result, "mount", words)
+        check(result, "bind mount" if flags & MS_BIND and not flags & MS_REMOUNT else "mount", words)
 
 
 def umount2(target: PathLike, flags: int = 0) -> None:
