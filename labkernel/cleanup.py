@@ -30,7 +30,7 @@ def clean(parent: cgroups.CgroupParent | None) -> list[str]:
             continue
         if key and key.boot == state.boot_id() and (killed := end_session(key.pid)):
             removed.append(f"{killed} processes of launcher {key.pid}")
-        _remove_spare(path.with_suffix(".spare"), parent)
+        remove_spare(path.with_suffix(".spare"), parent)
         path.unlink(missing_ok=True)
         removed.append(f"the record of launcher {path.stem}")
     for record in state.records():
@@ -114,6 +114,18 @@ def end_session(session: int) -> int:
     return killed
 
 
+def remove_spare(path: Path, parent: cgroups.CgroupParent | None) -> None:
+    """Remove the group of a launcher's empty container; its processes end with the launcher, or now."""
+    with contextlib.suppress(OSError, ValueError):
+        name = path.read_text().split()[:1]
+        if parent and name and name[0].startswith(state.PREFIX) and "/" not in name[0]:
+            group = parent.open(name[0])
+            with contextlib.suppress(OSError):
+                group.kill()
+            group.remove()
+    path.unlink(missing_ok=True)
+
+
 def remove_tree(path: str) -> None:
     """Remove a container's directory, also directories in it that forbid it: overlay leaves one that nobody may list.
 
@@ -165,18 +177,6 @@ def _launcher_key(path: Path) -> state.ProcessKey | None:
         return state.ProcessKey(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
         return None
-
-
-def _remove_spare(path: Path, parent: cgroups.CgroupParent | None) -> None:
-    """Remove the group of a launcher's empty container; its processes end with the launcher, or now."""
-    with contextlib.suppress(OSError, ValueError):
-        name = path.read_text().split()[:1]
-        if parent and name and name[0].startswith(state.PREFIX) and "/" not in name[0]:
-            group = parent.open(name[0])
-            with contextlib.suppress(OSError):
-                group.kill()
-            group.remove()
-    path.unlink(missing_ok=True)
 
 
 def _pids() -> list[int]:

@@ -66,11 +66,12 @@ def make(
     Its first process is in all its namespaces from birth but the cgroup's, which it takes once it is in its group.
     """
     with contextlib.ExitStack() as undo, contextlib.ExitStack() as closing:
-        group = parent.create(name) if parent else None
+        group = parent.open(name) if parent else None
         doors: tuple[int, ...] = ()
         into = None
-        if group:
-            undo.callback(group.remove)
+        if parent and group:
+            undo.callback(group.remove)  # also what was made of it, where making it fails in the middle
+            parent.create(name)
             group.set(limits)  # before anybody is in it: a cpuset takes nobody until it is filled
             into, doors = group.into_fd, group.door_fds()
         for fd in (*doors, *([] if into is None else [into])):

@@ -385,7 +385,9 @@ class Launcher:
             self._reap_adopted()
         if self.spare:
             self.spare.end()
-        state.spare_file(os.getpid()).unlink(missing_ok=True)
+        cleanup.remove_spare(
+            state.spare_file(os.getpid()), self.parent
+        )  # also one that we were told to end amid
         if self.network_helper:
             self.network_helper.close()
         cleanup.end_session(os.getpid())
