@@ -49,12 +49,13 @@ def company(answer: Callable[[int], Any]) -> str:
 @exercise("12.3", looks_at="what your function says of three processes, one of which has moved deeper since")
 def root_of(answer: Callable[[int], Any]) -> str:
     """The root of a process's cgroup namespace, as seen from outside."""
-    for deep in random.sample(range(3), 3):
-        said, right = run_answer(_asked_for_root, answer, deep)
+    answers = {deep: run_answer(_asked_for_root, answer, deep) for deep in random.sample(range(3), 3)}
+    # The words are the same whatever the order was: notebooks keep them.
+    for deep, where in enumerate(("in its root", "one group below its root", "two groups below its root")):
+        said, right = answers[deep]
         if not isinstance(said, str):
             raise NotYet(f"a path is asked for, and this is {type(said).__name__}")
         if said != right:
-            where = ("in its root", "one group below its root", "two groups below its root")[deep]
             raise NotYet(f"of a process that is {where}, you say something else than the kernel")
     return "three processes at different depths, and each time it is the root of their namespace."
 
