@@ -1,11 +1,12 @@
 """How pytest runs the notebooks (`pytest --nbval notebooks`), and what it says of skipped tests.
 
-nbval collects the cells, cleans up their outputs and compares them. Two things are done differently here:
+nbval collects the cells, cleans up their outputs and compares them. Three things are done differently here:
 
 - nbclient executes the cells, as it did when the outputs were stored (scripts/notebook_tools.py). nbval's own
   way knows nothing of outputs that are updated or cleared, or of what an Output widget captures, and it
   waits for its whole timeout when the kernel has died.
 - A notebook that cannot run on this machine is skipped, in the doctor's words. Its metadata says its needs.
+- When a notebook's kernel has ended, processes, mounts, cgroups, interfaces, rules and directories are those of before.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ import pytest
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbval.plugin import coalesce_streams
 from notebook_tools import client, kernel, missing, surroundings
+
+from tests.helpers import assert_nothing_left, snapshot
 
 os.environ.update(surroundings())
 # A shell lets its background jobs ignore Ctrl-C, and so all that they start; some tests are about Ctrl-C.
@@ -48,6 +51,7 @@ class Notebook(nbval.plugin.IPyNbFile):  # type: ignore[misc]
         self.runner = client(copy.deepcopy(self.nb), self.path, self.config.option.nbval_cell_timeout)
         self.places = [place for place, cell in enumerate(self.nb.cells) if cell.cell_type == "code"]
         self.stopped = ""
+        self.held.callback(assert_nothing_left, snapshot(descriptors=False))
         self.held.enter_context(kernel(self.runner))
         self.setup_sanitize_files()
 
@@ -56,7 +60,7 @@ class Notebook(nbval.plugin.IPyNbFile):  # type: ignore[misc]
         return [str(Path(__file__).with_name("tests") / "sanitize.cfg")]
 
     def teardown(self) -> None:
-        """Shut the kernel down, and let it clean up."""
+        """Shut the kernel down, and see that it has cleaned up."""
         self.held.close()
 
 

@@ -29,7 +29,7 @@ SETTLES_WITHIN = 15.0
 
 
 @contextlib.contextmanager
-def own_home(factory: pytest.TempPathFactory) -> Iterator[Path]:
+def own_home(factory: pytest.TempPathFactory, *, descriptors: bool = True) -> Iterator[Path]:
     """An empty LABKERNEL_HOME, a launcher that ends with it, and the proof that both are left without a trace.
 
     Temporary files go there too, so that those of others who work with the lab are not taken for ours.
@@ -46,7 +46,7 @@ def own_home(factory: pytest.TempPathFactory) -> Iterator[Path]:
     (place / "tmp").mkdir()
     with environment(LABKERNEL_HOME=str(place), TMPDIR=str(place / "tmp")):
         tempfile.tempdir = None  # so that TMPDIR is looked at
-        before = snapshot()
+        before = snapshot(descriptors=descriptors)
         yield place
         children.close_launcher()
         assert_nothing_left(before)
@@ -107,6 +107,16 @@ def needs_ids() -> None:
     """Skip the test where a container has one user id only."""
     if facts()["container_map"]["count"] < 65536:
         pytest.skip("a container has a single user id here: the user has no range in /etc/subuid")
+
+
+def answers(port: int) -> None:
+    """Wait until a server of this machine accepts connections: JupyterLab tells its address a moment before."""
+    for _ in range(200):
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=5).close()
+            return
+        except ConnectionRefusedError:
+            time.sleep(0.1)
 
 
 def inside(program: str, **options: Any) -> Any:
@@ -174,8 +184,8 @@ class Snapshot:
         return {kind: texts for kind, texts in new.items() if texts}
 
 
-def snapshot() -> Snapshot:
-    """Look at processes, mounts, cgroups, interfaces, nftables tables, directories and descriptors.
+def snapshot(*, descriptors: bool = True) -> Snapshot:
+    """Look at processes, mounts, cgroups, interfaces, nftables tables, directories and, if asked to, descriptors.
 
     From the first call on this process adopts the orphans among its descendants (man 2 prctl,
     PR_SET_CHILD_SUBREAPER), so that a process which outlived its launcher is still known as ours, and others
@@ -183,7 +193,7 @@ def snapshot() -> Snapshot:
     """
     syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)
     reap_orphans()
-    descriptors = _descriptors()
+    open_here = _descriptors() if descriptors else []
     groups, spares = _spares()
     pids = [pid for pid in descendants() if pid not in spares]
     return Snapshot(
@@ -193,14 +203,14 @@ def snapshot() -> Snapshot:
         frozenset(name for _, name in socket.if_nameindex()),
         frozenset(_tables()),
         frozenset(_directories()),
-        frozenset(descriptors),
+        frozenset(open_here),
     )
 
 
 def assert_nothing_left(before: Snapshot, within: float = SETTLES_WITHIN) -> None:
     """Fail with a list of what was not there `before` and does not go away."""
     end = time.monotonic() + within
-    while left := snapshot().since(before):
+    while left := snapshot(descriptors=bool(before.descriptors)).since(before):
         if time.monotonic() > end:
             raise AssertionError(f"left behind: {json.dumps(left, indent=1)}")
         time.sleep(0.01)
@@ -329,7 +339,8 @@ def _tables() -> list[str]:
 def _directories() -> list[str]:
     ours = [str(path) for kind in (state.containers(), state.launchers()) for path in kind.glob("*")]
     ours = [path for path in ours if not path.endswith(".spare")]
-    return ours + [str(path) for path in Path(tempfile.gettempdir()).glob(f"{state.PREFIX}*")]
+    places = (state.home(), Path(tempfile.gettempdir()))
+    return ours + [str(path) for place in places for path in place.glob(f"{state.PREFIX}*")]
 
 
 def _descriptors() -> list[str]:

@@ -24,6 +24,8 @@ from notebook_tools import ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.helpers import answers
+
 LOCKS = [ROOT / "requirements" / "lock.txt", ROOT / "requirements" / "uv.txt"]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
@@ -216,16 +218,6 @@ def lab(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             rest = process.stderr.read()
             process.wait(timeout=20)
     assert "Shutdown this Jupyter server" not in rest
-
-
-def answers(port: int) -> None:
-    """Wait until the server accepts connections: it tells its address a moment before."""
-    for _ in range(200):
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=5).close()
-            return
-        except ConnectionRefusedError:
-            time.sleep(0.1)
 
 
 def get(url: str) -> tuple[int, str]:

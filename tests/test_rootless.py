@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import assert_nothing_left, snapshot
+from tests.helpers import answers, assert_nothing_left, snapshot
 from tests.ordinary_user import PYTHON, ROOT, User, copy_package, needs_root, ordinary_user
 
 pytestmark = needs_root
@@ -120,11 +120,12 @@ def test_an_ordinary_user_makes_lab(newcomer: User) -> None:
             lines = []
             for line in process.stdout:
                 lines.append(line)
-                if address := re.search(r"http://127\.0\.0\.1:\d+/\S+token=\w+", line):
+                if address := re.search(r"http://127\.0\.0\.1:(\d+)/\S+token=\w+", line):
                     break
             else:
                 pytest.fail("".join(lines))
             assert "/lab/tree/notebooks/00-start-here.ipynb?token=" in address[0]
+            answers(int(address[1]))
             with urllib.request.urlopen(address[0], timeout=20) as answer:
                 assert (answer.status, b"jupyter-config-data" in answer.read()) == (200, True)
             without = address[0].split("/lab/")[0] + "/api/contents"

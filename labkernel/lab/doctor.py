@@ -13,20 +13,22 @@ import os
 import shutil
 import socket
 import struct
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from labkernel import children, state
+from labkernel import children
 from labkernel.container import Container
 from labkernel.lab import calm
+from labkernel.lab.scratch import temporary
 from labkernel.linux import namespaces, syscalls, users
 
 KINDS = tuple(kind for kind in namespaces.FLAGS if kind != "user")
 NAMESPACES = tuple(f"namespace:{kind}" for kind in KINDS)
 CONTROLLERS = tuple(f"cgroup:{name}" for name in ("cpu", "memory", "pids", "cpuset"))
+WITH_FILES = ("overlay", "seccomp", "cgroup", *CONTROLLERS, "network", "publish")
+"""What is tried in a directory of the lab's."""
 PROBES: dict[str, dict[str, Any]] = {
     "cpu": {"cpus": 0.5},
     "memory": {"memory": "64M"},
@@ -92,17 +94,25 @@ def examine() -> Findings:
     userns = _guarded("userns", lambda: _user_namespace(facts))
     found += [userns, _guarded("subuid", lambda: _subuid(facts, userns))]
     found += _guarded_list(NAMESPACES, _namespaces, userns)
-    with tempfile.TemporaryDirectory(prefix=state.PREFIX) as name:
-        rootfs = _empty_rootfs(Path(name))
-        overlay = _guarded("overlay", lambda: _container("overlay", rootfs, userns))
-        found.append(overlay)
-        found.append(_guarded("seccomp", lambda: _seccomp(rootfs, overlay)))
-        found += _guarded_list(
-            ["cgroup", *CONTROLLERS], lambda _: _controllers(facts, rootfs, overlay), userns
-        )
-        found.append(_guarded("network", lambda: _network(userns)))
-        found.append(_guarded("publish", lambda: _publish(rootfs, overlay)))
+    try:
+        with temporary() as place:
+            found += _with_containers(_empty_rootfs(place), facts, userns)
+    except OSError as error:
+        remedy = "make room there, or let LABKERNEL_HOME name another directory of yours"
+        found += [
+            Finding(name, False, f"the lab cannot keep files: {_words(error)}", remedy) for name in WITH_FILES
+        ]
     found += [_guarded("psi", _psi), _guarded("landlock", _landlock)]
+    return found
+
+
+def _with_containers(rootfs: Path, facts: dict[str, Any], userns: Finding) -> Findings:
+    """Try what takes a container, or its network."""
+    overlay = _guarded("overlay", lambda: _container("overlay", rootfs, userns))
+    found = Findings([overlay, _guarded("seccomp", lambda: _seccomp(rootfs, overlay))])
+    found += _guarded_list(["cgroup", *CONTROLLERS], lambda _: _controllers(facts, rootfs, overlay), userns)
+    found.append(_guarded("network", lambda: _network(userns)))
+    found.append(_guarded("publish", lambda: _publish(rootfs, overlay)))
     return found
 
 
@@ -110,17 +120,7 @@ def _nothing_can_be_tried(error: Exception) -> Iterator[Finding]:
     """Without children there is no more to try: for instance inside a container whose filter hides clone3."""
     remedy = "if this is inside a container, use the machine itself; else report this"
     yield Finding("children", False, f"no child process can be started: {_words(error)}", remedy)
-    for name in (
-        "userns",
-        "subuid",
-        *NAMESPACES,
-        "overlay",
-        "seccomp",
-        "cgroup",
-        *CONTROLLERS,
-        "network",
-        "publish",
-    ):
+    for name in ("userns", "subuid", *NAMESPACES, *WITH_FILES):
         yield Finding(name, False, "cannot be tried without a child", "see children")
 
 

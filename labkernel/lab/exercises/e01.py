@@ -6,14 +6,13 @@ import os
 import secrets
 import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from labkernel import state
 from labkernel.lab.checks import NotYet, exercise, run_answer
+from labkernel.lab.scratch import temporary
 from labkernel.linux import namespaces, syscalls
 
 STARTS_WITHIN = 3.0
@@ -36,8 +35,8 @@ ENDS = {
 @exercise("01.1", looks_at="/proc/PID of the program: its words, environment, working directory and parent")
 def start(answer: Callable[[list[str], str, dict[str, str]], int]) -> str:
     """A program that runs, with these words and variables, in this directory."""
-    with tempfile.TemporaryDirectory(prefix=state.PREFIX) as directory:
-        run_answer(_judge_start, answer, directory)
+    with temporary() as directory:
+        run_answer(_judge_start, answer, str(directory))
     return "it runs, where and with what you were asked for."
 
 

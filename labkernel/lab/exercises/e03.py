@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from labkernel import state
 from labkernel.lab.checks import NotYet, exercise, run_answer
+from labkernel.lab.scratch import temporary
 from labkernel.lab.watch import watched
 from labkernel.linux import capabilities
 
@@ -67,11 +65,8 @@ def second_chroot() -> None:
 @contextlib.contextmanager
 def _jail() -> Iterator[str]:
     """An empty directory that children of the lab may write to."""
-    jail = tempfile.mkdtemp(prefix=state.PREFIX)
-    try:
-        yield jail
-    finally:
-        shutil.rmtree(jail)
+    with temporary() as jail:
+        yield str(jail)
 
 
 def _tried(answer: Callable[[], Any], dropped: frozenset[int] = frozenset()) -> str:

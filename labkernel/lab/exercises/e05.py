@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from labkernel import state
 from labkernel.lab.checks import NotYet, exercise, run_answer
 from labkernel.lab.exercises.e03 import second_chroot
+from labkernel.lab.scratch import temporary
 from labkernel.lab.watch import watched
 from labkernel.linux import mounts, namespaces, syscalls
 
@@ -52,14 +50,11 @@ def closed(answer: Callable[[], Any]) -> str:
 @contextlib.contextmanager
 def _new_root() -> Iterator[str]:
     """A directory with an empty `proc` and `dev/null` to mount on; children of the lab may write to it."""
-    path = tempfile.mkdtemp(prefix=state.PREFIX)
-    try:
+    with temporary() as path:
         for name in ("proc", "dev"):
-            Path(path, name).mkdir()
-        Path(path, "dev/null").touch()
-        yield path
-    finally:
-        shutil.rmtree(path)
+            (path / name).mkdir()
+        (path / "dev/null").touch()
+        yield str(path)
 
 
 def _judge_root(answer: Callable[[str], Any], path: str) -> None:

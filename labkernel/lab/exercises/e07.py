@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from labkernel import state
 from labkernel.lab.checks import NotYet, exercise, run_answer
 from labkernel.lab.fork import in_fork, waiting
+from labkernel.lab.scratch import temporary
 from labkernel.linux import mounts, namespaces, syscalls
 
 KINDS = ("uts", "ipc", "net", "cgroup")
@@ -31,13 +28,10 @@ def three(answer: Callable[[], list[int]]) -> str:
 )
 def room(answer: Callable[[str], Any]) -> str:
     """A UTS namespace that is kept by a mount, with nobody in it."""
-    place = tempfile.mkdtemp(prefix=state.PREFIX)
-    try:
-        file = Path(place, "namespace")
+    with temporary() as place:
+        file = place / "namespace"
         file.touch()
         run_answer(_judge_room, answer, str(file))
-    finally:
-        shutil.rmtree(place)
     return "the namespace is there, it is called room, and nobody is in it."
 
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import socket
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from labkernel import state
 from labkernel.lab.checks import NotYet, exercise, run_answer
+from labkernel.lab.scratch import temporary
 from labkernel.lab.watch import watched
 from labkernel.linux import capabilities, namespaces, syscalls, users
 
@@ -33,11 +31,8 @@ def both(answer: Callable[[int, int], Any]) -> str:
 )
 def file_of_root(answer: Callable[[int, str, int], Any]) -> str:
     """Inside, the file belongs to uid 0 and gid 0, and as many ids are mapped as were asked for."""
-    place = tempfile.mkdtemp(prefix=state.PREFIX)
-    try:
+    with temporary() as place:
         run_answer(_judge_file, answer, f"{place}/file")
-    finally:
-        shutil.rmtree(place)
     return "inside, the file is root's, and all the ids are there."
 
 
