@@ -13,6 +13,7 @@ import pytest
 from labkernel import monitor
 from labkernel.container import Container
 from labkernel.lab.dashboard import Dashboard, View
+from labkernel.lab.replay import Replay
 from labkernel.lab.sparklines import picture
 from labkernel.monitor import Recording, Sample
 from tests.helpers import needs_limits, own_home
@@ -209,6 +210,47 @@ def test_four_containers_at_ten_frames_a_second_take_less_than_a_tenth_of_a_core
     views = boards[0].views
     cost = boards[0].cpu_seconds + sum(view.monitor.cpu_seconds for view in views if view.monitor)
     assert cost / 4 < (0.7 if emulated else 0.1)
+
+
+def test_what_is_recorded_can_be_saved_and_read_back(
+    boards: list[Dashboard], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with Container("python", SLEEP, name="saved") as container:
+        view = shown(boards, container)
+        until(lambda: len(view.recording.samples) >= 3)
+        view.save_button.click()
+        assert re.search(r"saved: saved-recording\.csv, \d+ samples", view.said.value)
+    read_back = Recording.from_csv("saved-recording.csv")
+    assert read_back.name == "saved"
+    assert read_back.samples == view.recording.samples[: len(read_back.samples)] != []
+
+
+# ---------------------------------------------------------------------- a recording without its container
+
+
+def test_a_recording_is_played_again_without_a_container() -> None:
+    """The slider is what the play button moves."""
+    samples = [Sample(number / 10, pids=number) for number in range(100)]
+    replay = Replay(Recording("then", samples))
+    assert "processes 0;" in replay.plots[0].value
+    replay.frame.value = 42
+    assert "processes 42;" in replay.plots[0].value and replay.clock.value == "4.2 s"
+    replay.frame.value = 7
+    assert "processes 7;" in replay.plots[0].value
+    assert replay.frame.max == replay.play.max == 100
+
+
+def test_recordings_of_different_length_are_played_side_by_side() -> None:
+    short, long = (Recording("", [Sample(n / 10, pids=n) for n in range(count)]) for count in (5, 50))
+    replay = Replay(short, long)
+    replay.frame.value = 40
+    assert ["processes 4;" in replay.plots[0].value, "processes 40;" in replay.plots[1].value] == [True, True]
+
+
+def test_nothing_cannot_be_replayed() -> None:
+    with pytest.raises(ValueError, match="no sample"):
+        Replay(Recording("empty"))
 
 
 # ---------------------------------------------------------------------- the picture alone

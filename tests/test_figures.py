@@ -208,3 +208,11 @@ def test_a_network_is_drawn_with_its_cables_and_what_is_off_is_dotted_and_named(
     assert "router has the bridge br0 (10.0.0.1/24) with the ports to-web, to-db" in told
     assert "a cable from eth0 of db (10.0.0.3/24) to to-db of router (off)" in told
     assert "fe80" not in told + "".join(words)
+
+
+def test_pressure_has_a_panel_where_the_kernel_counts_it() -> None:
+    without = Recording("", [Sample(0.0), Sample(1.0, pids=1)])
+    waited = Recording("", [Sample(0.0), Sample(1.0, pids=1, pressure_cpu=40.0)])
+    labels = [[axes.get_ylabel() for axes in figures.recording_figure(one).axes] for one in (without, waited)]
+    assert [("pressure (%)" in some) for some in labels] == [False, True]
+    assert "pressure on the CPU up to 40 %" in figures.describe(waited)

@@ -159,6 +159,11 @@ class View:
         self.start_button = ipywidgets.Button(description="start", layout=button)
         self.pause_button = ipywidgets.ToggleButton(description="pause", layout=button)
         self.stop_button = ipywidgets.Button(description="stop", layout=button)
+        self.save_button = ipywidgets.Button(
+            description="save",
+            tooltip="what has been recorded, as a CSV file beside the notebook",
+            layout=button,
+        )
         self.command = ipywidgets.Text(
             "ps",
             placeholder="a program and its arguments",
@@ -171,9 +176,10 @@ class View:
         self.start_button.on_click(lambda _: self._try(self._start))
         self.pause_button.observe(lambda change: self._try(self._pause, change["new"]), names="value")
         self.stop_button.on_click(lambda _: self._try(self._stop))
+        self.save_button.on_click(lambda _: self._try(self._save))
         self.exec_button.on_click(lambda _: self._try(self._exec))
         sliders = [self.memory, self.cpus, self.pids]
-        buttons = ipywidgets.HBox([self.start_button, self.pause_button, self.stop_button])
+        buttons = ipywidgets.HBox([self.start_button, self.pause_button, self.stop_button, self.save_button])
         run = ipywidgets.HBox([self.command, self.exec_button])
         parts = [self.title, self.plot, *sliders, self.said, buttons, self.processes, run, self.answer]
         self.widget = ipywidgets.VBox(parts, layout=ipywidgets.Layout(flex="1 1 420px", max_width="560px"))
@@ -222,6 +228,7 @@ class View:
         for control in (self.stop_button, self.exec_button, self.command):
             control.disabled = not running
         self.start_button.disabled = self.monitor is not None or self.over
+        self.save_button.disabled = self.monitor is None
         state = "has ended" if self.over else "runs" if running else "is not started"
         self.title.value = f"<b>{html.escape(monitor.title(self.container))}</b> {state}"
         if running and not limited:
@@ -259,6 +266,13 @@ class View:
         self.container.signal(signal.SIGTERM)
         if self.monitor and not self.monitor.ended.wait(2.0):
             self.container.signal(signal.SIGKILL)
+
+    def _save(self) -> None:
+        """What has been recorded until now, for `Recording.from_csv`, `Replay` and every other program."""
+        recording = self.recording
+        path = f"{recording.name}-recording.csv"
+        recording.to_csv(path)
+        self._say(f"saved: {path}, {len(recording.samples)} samples")
 
     def _exec(self) -> None:
         ended = self.container.exec(shlex.split(self.command.value), timeout=EXEC_WITHIN)

@@ -32,17 +32,20 @@ BEYOND = 3.0
 OVER = 0.4
 """Seconds over which CPU time is averaged: four of the periods for which a quota is given."""
 
-CAPTION = "CPU, memory, processes, disk and network over time, with the limits drawn in"
+CAPTION = "CPU, memory, processes, disk, network and pressure over time, with the limits drawn in"
 
 
 def recording_figure(*recordings: Recording) -> Figure:
     """Draw what containers used over time, one column each, with their limits, throttling, OOM kills, refused forks."""
     from matplotlib.figure import Figure
 
+    panels = [_draw_cpu, _draw_memory, _draw_pids, _draw_io, _draw_network]
+    if any(_waited(recording) for recording in recordings):
+        panels.append(_draw_pressure)
     figure = Figure(
-        figsize=(7.5 if len(recordings) == 1 else 5.4 * len(recordings), 8.6), dpi=100, layout="constrained"
-    )
-    panels = (_draw_cpu, _draw_memory, _draw_pids, _draw_io, _draw_network)
+        figsize=(7.5 if len(recordings) == 1 else 5.4 * len(recordings), 1.72 * len(panels)),
+        dpi=100, layout="constrained",
+    )  # fmt: skip
     grid = figure.subplots(len(panels), len(recordings), sharex="col", sharey="row", squeeze=False)
     for column, recording in enumerate(recordings):
         for row, draw in enumerate(panels):
@@ -104,6 +107,20 @@ def _draw_io(axes: Axes, recording: Recording, table: Mapping[str, list[Any]]) -
 def _draw_network(axes: Axes, recording: Recording, table: Mapping[str, list[Any]]) -> None:
     axes.set_ylabel("network (MiB/s)")
     _two_ways(axes, recording, table, net_received_bytes="received", net_sent_bytes="sent")
+
+
+def _draw_pressure(axes: Axes, recording: Recording, table: Mapping[str, list[Any]]) -> None:
+    """The shares of time in which somebody waited; with cgroup v1 the kernel knows only the whole machine's."""
+    axes.set_ylabel("pressure (%)")
+    styles = {"cpu": (BLUE, "-"), "memory": (VERMILION, (0, (4, 2))), "io": (GREEN, (0, (1, 2)))}
+    for name, (colour, line) in styles.items():
+        axes.plot(table["seconds"], table[f"pressure_{name}"], color=colour, linestyle=line, label=name)
+    axes.set_ylim(0, 100)
+
+
+def _waited(recording: Recording) -> bool:
+    """Whether the kernel has told of any pressure: not every kernel counts it."""
+    return any(s.pressure_cpu or s.pressure_memory or s.pressure_io for s in recording.samples)
 
 
 def _two_ways(axes: Axes, recording: Recording, table: Mapping[str, list[Any]], **names: str) -> None:
@@ -183,6 +200,8 @@ def _described(recording: Recording) -> str:
         f"{last.io_write_bytes / MIB:.1f} MiB written to disk",
         f"{last.net_sent_bytes / MIB:.1f} MiB sent over its network",
     ]
+    if _waited(recording):
+        parts.append(f"pressure on the CPU up to {max(table['pressure_cpu']):.0f} %")
     return f"{recording.name} over {last.seconds:.1f} s: {'; '.join(parts)}."
 
 

@@ -109,7 +109,10 @@ def _panels(window: Recording, table: dict[str, list[Any]], marks: dict[str, lis
         ),
         Panel(
             "memory, MiB", _now(last.memory_bytes / mib, memory_limits[-1], "{:.0f}"),
-            [Line([size / mib for size in table["memory_bytes"]], "all"), Line(anon, "anonymous", **second)],
+            [
+                Line([size / mib for size in table["memory_bytes"]], "all"), Line(anon, "anonymous", **second),
+                Line([size / mib for size in table["memory_file_bytes"]], "page cache", figures.GREEN, "1 3"),
+            ],
             memory_limits, marked=marks["oom_kills"],
         ),
         Panel(
