@@ -51,9 +51,8 @@ class Replay:
         self.clock.value = f"{seconds:.1f} s"
         for plot, recording in zip(self.plots, self.recordings, strict=True):
             seen = bisect_right(recording.samples, seconds, key=lambda sample: sample.seconds)
-            plot.value = (
-                f"<b>{recording.name}</b>{picture(Recording(recording.name, recording.samples[:seen]))}"
-            )
+            title = f"<b>{html.escape(recording.name)}</b>"
+            plot.value = title + picture(Recording(recording.name, recording.samples[:seen]))
 
     def _ipython_display_(self) -> None:
         from IPython.display import display
