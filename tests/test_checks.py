@@ -137,6 +137,18 @@ def test_watched_says_how_a_step_failed_and_leaves_no_process() -> None:
             return str(reason)
         return ""
 
+    def with_closed_doors() -> str:
+        def step() -> None:
+            os.closerange(0, 4096)
+            fails()
+
+        try:
+            with watched(step) as go_on:
+                go_on()
+        except NotYet as reason:
+            return str(reason)
+        return ""
+
     def silent() -> str:
         try:
             with watched(lambda: os._exit(0)) as go_on:
@@ -151,6 +163,7 @@ def test_watched_says_how_a_step_failed_and_leaves_no_process() -> None:
         return os.path.exists(f"/proc/{pid}")
 
     assert in_child(watch) == "it failed: ValueError: wrong turn"
+    assert in_child(with_closed_doors) == "it failed: ValueError: wrong turn"
     assert in_child(silent) == "it ended the process before it was done"
     assert in_child(left_alive) is False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ def watched(*steps: Callable[[], Any]) -> Iterator[Callable[[], int]]:
     Yields a function that lets it do its next step and returns its pid, once it has stopped again: then /proc/PID
     shows what it has become. Raises NotYet when a step fails or does not come to its end.
     """
-    said, say = os.pipe()
+    said = mmap.mmap(-1, 4096)  # shared memory, not a pipe: a step may close every descriptor
     pid = os.fork()
     if pid == 0:
         try:
@@ -27,11 +28,9 @@ def watched(*steps: Callable[[], Any]) -> Iterator[Callable[[], int]]:
                 step()
                 os.kill(os.getpid(), signal.SIGSTOP)
         except BaseException as error:
-            with contextlib.suppress(OSError):
-                os.write(say, calm.in_words(error).encode()[:4096])
+            said.write(calm.in_words(error).encode()[:4096])
         finally:
             os._exit(1)
-    os.close(say)
 
     stopped = False
 
@@ -42,14 +41,14 @@ def watched(*steps: Callable[[], Any]) -> Iterator[Callable[[], int]]:
         stopped = True
         _, status = os.waitpid(pid, os.WUNTRACED)
         if not os.WIFSTOPPED(status):
-            text = os.read(said, 4096).decode(errors="replace")
+            text = said[:].rstrip(b"\0").decode(errors="replace")
             raise NotYet(f"it failed: {text}" if text else "it ended the process before it was done")
         return pid
 
     try:
         yield go_on
     finally:
-        os.close(said)
+        said.close()
         with contextlib.suppress(ProcessLookupError, ChildProcessError):
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)

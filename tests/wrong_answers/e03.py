@@ -23,5 +23,6 @@ WRONG: dict[str, list[str]] = {
         "    capabilities.capset(held, held - chroot)",
         f"def lock_up(path):\n    {LOCK}\n    os.closerange(3, 4096)\n    capabilities.limit_to(held - chroot)",
         "def lock_up(path):\n    os._exit(0)",
+        "def lock_up(path):\n    os.closerange(3, 4096)\n    go_in(path)\n    capabilities.read()",
     ],
 }
