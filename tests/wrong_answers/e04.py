@@ -21,6 +21,10 @@ WRONG: dict[str, list[str]] = {
         + "    alone()\n    syscalls.mount(path, path, None, MS_BIND | MS_REC | MS_RDONLY)\n    program()",
         HEAD + "    alone()\n    mounts.tmpfs(path)\n    program()",
         HEAD + "    os.chmod(path, 0o500)\n    program()",
+        HEAD + "    syscalls.unshare(syscalls.CLONE_NEWNS)\n"
+        "    mounts.bind(path, path, recursive=True, read_only=True)\n    program()",
+        HEAD + "    syscalls.unshare(syscalls.CLONE_NEWNS)\n    mounts.set_propagation(path, 'shared')\n"
+        "    mounts.bind(path, path, recursive=True, read_only=True)\n    program()",
         HEAD + "    program()\n    alone()\n    mounts.bind(path, path, recursive=True, read_only=True)",
     ],
     "04.2": [

@@ -27,7 +27,7 @@ WAYS = ("outwards", "inwards")
 @exercise("04.1", looks_at="who can write to a directory and below it, while `program` runs")
 def look_but_do_not_touch(answer: Callable[[str, Callable[[], Any]], Any]) -> str:
     """Read-only for the process that runs `program`, with what is attached below, and for nobody else."""
-    inside, outside = run_answer(_writers, answer)
+    inside, outside, arrived = run_answer(_writers, answer)
     for where, reason in inside.items():
         if reason is None:
             raise NotYet(f"`program` can write {where}")
@@ -40,6 +40,8 @@ def look_but_do_not_touch(answer: Callable[[str, Callable[[], Any]], Any]) -> st
     for where, reason in outside.items():
         if reason is not None:
             raise NotYet(f"somebody else can no longer write {where}: {os.strerror(reason)}")
+    if arrived:
+        raise NotYet("what was attached for `program` has arrived in everybody else's list of mounts, too")
     return "it is read-only for that one process, down to what is attached below, and all others write."
 
 
@@ -78,6 +80,8 @@ def hears(answer: Callable[[int, int, str], Any]) -> str:
 
 def _machine(kind: str) -> None:
     """A mount namespace of which nobody hears, with a tmpfs of this kind at PLACE."""
+    if not os.path.isdir(PLACE):
+        raise NotYet(f"this machine has no directory {PLACE} to try it in: make one (sudo mkdir {PLACE})")
     syscalls.unshare(syscalls.CLONE_NEWNS)
     mounts.set_propagation("/", "private")
     mounts.tmpfs(PLACE)
@@ -86,13 +90,20 @@ def _machine(kind: str) -> None:
         os.mkdir(f"{PLACE}/{name}")
 
 
-def _writers(answer: Callable[..., Any]) -> tuple[dict[str, int | None], dict[str, int | None]]:
-    """For two places: why the process that runs `program` cannot write there, and why we cannot meanwhile."""
+Reasons = dict[str, int | None]
+
+
+def _writers(answer: Callable[..., Any]) -> tuple[Reasons, Reasons, bool]:
+    """For two places: why the process that runs `program` cannot write there, and why we cannot meanwhile.
+
+    And whether our list of mounts has changed by what it did.
+    """
     _machine("shared")
     mounts.tmpfs(f"{PLACE}/below")
     places = {"in the directory": PLACE, "to what is attached below it": f"{PLACE}/below"}
     for path in places.values():
         Path(path, "here-before").touch()
+    before = mounts.mountinfo()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
     def program() -> None:
@@ -115,9 +126,10 @@ def _writers(answer: Callable[..., Any]) -> tuple[dict[str, int | None], dict[st
     if not text:
         raise NotYet("`program` was never called")
     outside = {where: _why_not(path) for where, path in places.items()}
+    arrived = mounts.mountinfo() != before
     ours.close()
     os.waitpid(child, 0)
-    return json.loads(text), outside
+    return json.loads(text), outside, arrived
 
 
 def _why_not(directory: str) -> int | None:
