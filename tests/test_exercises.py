@@ -158,6 +158,20 @@ def test_a_wrong_answer_does_not(name: str, answer: str) -> None:
     assert found.words.startswith("Not yet, because ")
 
 
+@pytest.mark.parametrize(
+    ("name", "part", "words"),
+    [
+        ("03.3", "go_in(path)\n    capabilities.read()", "it failed: ENOENT"),
+        ("04.1", "CLONE_NEWNS)\n    mounts.bind", "has arrived in everybody else's list"),
+        ("05.3", "mounts.mask('/proc/sys')", "nothing to be read any more"),
+        ("05.3", "mounts.make_read_only('/proc/sys/net')", "is not on a read-only mount"),
+    ],
+)
+def test_a_verdict_says_what_is_wrong(name: str, part: str, words: str) -> None:
+    (answer,) = [answer for answer in WRONG[name] if part in answer]
+    assert words in verdict(ALL[name], answer).words
+
+
 @pytest.mark.parametrize("name", sorted(ALL))
 def test_enough_wrong_answers_are_tried(name: str) -> None:
     assert len(WRONG.get(name, [])) >= 2

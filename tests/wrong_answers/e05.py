@@ -33,6 +33,7 @@ WRONG: dict[str, list[str]] = {
         "def close_up():\n    mounts.mask('/proc/meminfo')\n    mounts.mask('/proc/sys')",
         "def close_up():\n    mounts.mask('/proc/meminfo')\n    mounts.make_read_only('/proc')",
         "def close_up():\n    mounts.tmpfs('/proc')",
+        "def close_up():\n    mounts.mask('/proc/meminfo')\n    mounts.make_read_only('/proc/sys/net')",
         "def close_up():\n    mounts.mask('/proc/meminfo')\n    mounts.bind('/proc/sys', '/proc/sys')",
         "def close_up():\n    print('/proc/meminfo is empty')",
     ],

@@ -114,10 +114,15 @@ def _judge_closed(answer: Callable[[], Any], path: str) -> None:
             raise NotYet("the rest of /proc is no longer to be seen")
         if Path(root, HIDDEN).read_bytes():
             raise NotYet(f"/{HIDDEN} can still be read")
-        if not _read_only(f"{root}/{SHUT}"):
-            raise NotYet(f"/{SHUT} is not on a read-only mount")
+        if not os.path.exists(f"{root}/{SHUT}"):
+            raise NotYet(
+                "below /proc/sys there is nothing to be read any more: it should only not be written"
+            )
         if not Path(root, SHUT).read_bytes():
             raise NotYet(f"/{SHUT} can no longer be read: it should only not be written")
+        for name in (SHUT, *(f"proc/sys/{name}" for name in sorted(os.listdir(f"{root}/proc/sys")))):
+            if not _read_only(f"{root}/{name}"):
+                raise NotYet(f"/{name} is not on a read-only mount")
         if _read_only(f"{root}/proc"):
             raise NotYet("the whole of /proc is read-only; a process has to write to files of its own there")
 
