@@ -17,6 +17,7 @@ from notebook_tools import NOTEBOOKS, ROOT, code_cells, read
 
 # Paths of somebody's home or work place.
 PLACES = re.compile(r"/(?:root|home/[\w.-]+|Users/[\w.-]+|work)/[\w./-]*")
+LINK = re.compile(r"\]\((?![a-z]+:)([^)#]*)#?([^)]*)\)")
 IGNORED = {"nbval-ignore-output", "nbval-skip"}
 
 
@@ -28,6 +29,13 @@ def faults(notebook: NotebookNode) -> Iterator[str]:
     marked = sum(bool(IGNORED & set(cell.metadata.get("tags", []))) for cell in cells)
     if marked * 6 > len(cells):
         yield f"{marked} of {len(cells)} code cells are not compared: at most one in six may be marked"
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            for file, anchor in LINK.findall(cell.source):
+                if file and not (NOTEBOOKS / file).exists():
+                    yield f"a link leads to {file}, which is not there"
+                elif file.endswith(".md") and anchor and anchor not in anchors(NOTEBOOKS / file):
+                    yield f"a link leads to {anchor} in {file}, where there is no such heading"
     for number, cell in enumerate(cells, 1):
         for output in cell.outputs:
             data = output.get("data", {})
@@ -41,6 +49,12 @@ def faults(notebook: NotebookNode) -> Iterator[str]:
             for kind in data:
                 if kind.startswith("image/") and not output.metadata.get(kind, {}).get("alt"):
                     yield f"cell {number} has a picture without a text for who cannot see it"
+
+
+def anchors(path: Path) -> set[str]:
+    """Return what the headings of a Markdown file can be linked by."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 
 
 def a_notebook(*cells: NotebookNode) -> NotebookNode:
@@ -98,6 +112,8 @@ def test_stored_notebooks_have_no_faults() -> None:
         ([a_cell("1", 1, displayed({"text/html": "<b>/root/.cache</b>"}))], "/root/.cache"),
         ([a_cell("1 / 0", 1, raised())], "the error E"),
         ([a_cell("1", 1, displayed(PNG))], "picture without"),
+        ([nbformat.v4.new_markdown_cell("[x](99-nowhere.ipynb)")], "99-nowhere.ipynb, which is not there"),
+        ([nbformat.v4.new_markdown_cell("[x](glossary.md#nowhere)")], "nowhere in glossary.md"),
         ([a_cell("1", 1, displayed(PNG, **{"image/png": {"alt": ""}}))], "picture without"),
     ],
 )
@@ -110,6 +126,7 @@ def test_each_fault_is_seen(cells: list[NotebookNode], words: str) -> None:
     [
         [],
         [a_cell("1", 1), a_cell("", None), a_cell("2", 2)],
+        [nbformat.v4.new_markdown_cell("[x](glossary.md#setuid-program) [y](https://example.org/#z) `f(x)`")],
         [a_cell("1", tags=("nbval-ignore-output",)), *(a_cell("1", n) for n in (2, 3, 4, 5, 6))],
         [a_cell("1", 1, printed("/proc/self/root\n/etc/passwd"))],
         [a_cell("1 / 0", 1, raised(), ("raises-exception",))],
