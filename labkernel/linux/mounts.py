@@ -44,7 +44,10 @@ MASKED_PATHS = (
     *("/proc/sched_debug", "/proc/scsi", "/proc/timer_list", "/proc/timer_stats"),
     *("/sys/devices/virtual/powercap", "/sys/firmware"),
 )
-"""What Docker hides: files that tell about the machine, its memory, or its load (moby, oci/defaults.go)."""
+"""What Docker hides: files that tell about the machine, its memory, or its load (moby, oci/defaults.go, v28.1).
+
+But for /sys/devices/system/cpu/cpuN/thermal_throttle: a mount for each CPU, at each start.
+"""
 
 READONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
 """What Docker leaves readable but not writable: switches of the machine (moby, oci/defaults.go)."""
