@@ -165,6 +165,8 @@ def test_a_wrong_answer_does_not(name: str, answer: str) -> None:
         ("04.1", "CLONE_NEWNS)\n    mounts.bind", "has arrived in everybody else's list"),
         ("05.3", "mounts.mask('/proc/sys')", "nothing to be read any more"),
         ("05.3", "mounts.make_read_only('/proc/sys/net')", "is not on a read-only mount"),
+        ("09.1", "| syscalls.CLONE_NEWNS)\n    lab.in_fork(inside)", "to be seen outside"),
+        ("14.3", "CLONE_NEWNS)\n    in_fork(lambda", "list of mounts has changed"),
     ],
 )
 def test_a_verdict_says_what_is_wrong(name: str, part: str, words: str) -> None:

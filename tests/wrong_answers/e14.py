@@ -38,6 +38,8 @@ WRONG: dict[str, list[str]] = {
         "    in_fork(lambda: (mounts.proc('/proc'), tool()) and None)",
         f"def with_my_tool(pid, tool):\n    {SET}({{'pid'}}))\n    syscalls.unshare(syscalls.CLONE_NEWNS)\n"
         "    mounts.set_propagation('/', 'private')\n    in_fork(lambda: (mounts.proc('/proc'), tool()) and None)",
+        f"def with_my_tool(pid, tool):\n    {SET}({{'pid', 'net'}}))\n    syscalls.unshare(syscalls.CLONE_NEWNS)\n"
+        "    in_fork(lambda: (mounts.proc('/proc'), tool()) and None)",
         "def with_my_tool(pid, tool):\n    print('HTTP on port 8000')",
     ],
 }

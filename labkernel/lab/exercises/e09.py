@@ -78,7 +78,11 @@ def _box(answer: Callable[[Callable[[], Any]], Any]) -> str:
 
 
 def _mount_points() -> list[tuple[int, str]]:
-    return [(mount.mount_id, mount.mount_point) for mount in mounts.mountinfo()]
+    """Our mounts; none where a /proc has leaked to us, in which we have no number."""
+    try:
+        return [(mount.mount_id, mount.mount_point) for mount in mounts.mountinfo()]
+    except FileNotFoundError:
+        return []
 
 
 # ---------------------------------------------------------------------- 09.2

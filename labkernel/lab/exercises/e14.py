@@ -114,10 +114,14 @@ def _sleeping(visitor: int) -> int | None:
 
 
 def _judge_tool(answer: Callable[[int, Callable[[], None]], Any], pid: int) -> None:
-    """The lab's mounts are played by a list of our own, so that no answer can harm the real one."""
+    """The lab's mounts are played by a list of our own, shared as a machine's is; no answer can harm the real one."""
     syscalls.unshare(syscalls.CLONE_NEWNS)
     mounts.set_propagation("/", "private")
-    machine, before, ours = os.stat("/"), len(mounts.mountinfo()), namespaces.inodes()
+    mounts.set_propagation("/", "shared")
+    machine, before, ours = os.stat("/"), _mount_ids(), namespaces.inodes()
+    theirs = namespaces.inodes(
+        pid
+    )  # now: an answer may leave us with a /proc that does not list this process
     told, tell = os.pipe()
 
     def tool() -> None:
@@ -148,8 +152,7 @@ def _judge_tool(answer: Callable[[int, Callable[[], None]], Any], pid: int) -> N
     seen = pickle.loads(raw)
     if isinstance(seen, str):
         raise NotYet(seen)
-    theirs = namespaces.inodes(pid)
-    if len(mounts.mountinfo()) != before:
+    if _mount_ids() != before:
         raise NotYet("the lab's list of mounts has changed")
     if not seen["root"]:
         raise NotYet("the tool does not have the machine's files")
@@ -160,3 +163,11 @@ def _judge_tool(answer: Callable[[int, Callable[[], None]], Any], pid: int) -> N
         raise NotYet("the tool has no list of mounts of its own")
     if not (seen["mine"] and seen["first"]):
         raise NotYet("the /proc that the tool sees is that of other processes")
+
+
+def _mount_ids() -> set[int]:
+    """Our mounts; none where a /proc has leaked to us, in which we have no number."""
+    try:
+        return {mount.mount_id for mount in mounts.mountinfo()}
+    except FileNotFoundError:
+        return set()
