@@ -19,7 +19,7 @@ from labkernel.lab.table import Table, _rows, inside_outside
 from labkernel.lab.walls import Wall, draw, in_words, walls
 from labkernel.linux import capabilities, cgroups, namespaces, syscalls
 from labkernel.linux.capabilities import Capability
-from tests.helpers import own_home
+from tests.helpers import facts, own_home
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -205,9 +205,56 @@ def test_chroot_is_half_a_wall() -> None:
 
 def test_around_a_container_the_walls_are_up(container: Container) -> None:
     down = [wall.name for wall in walls(container) if wall.state != "up"]
-    assert down in ([], ["limits"])  # limits: where this machine gives this user a group
+    assert down in (
+        [],
+        ["limits"],
+    )  # limits: half up where none was asked for; down where there are no groups
     if not down:
         assert in_words(walls(container)) == "Up: all."
+
+
+def limits_wall(limits: cgroups.Limits, *kinds: str) -> str:
+    def move_in() -> None:
+        group = lab.group("box")
+        group.set(limits)
+        group.add(os.getpid())
+        syscalls.unshare(namespaces.flags(kinds))
+
+    return next(wall.state for wall in walls(move_in) if wall.name == "limits")
+
+
+@pytest.mark.parametrize("kinds", [(), ("cgroup",)])
+@pytest.mark.parametrize(
+    ("limits", "state"),
+    [
+        (cgroups.Limits(), "half"),
+        (cgroups.Limits(cpu_weight=50), "half"),
+        (cgroups.Limits(memory=64 << 20), "up"),
+        (cgroups.Limits(cpus=0.5), "up"),
+        (cgroups.Limits(pids=16), "up"),
+    ],
+)
+def test_a_group_is_half_a_wall_until_something_is_limited(
+    limits: cgroups.Limits, state: str, kinds: tuple[str, ...]
+) -> None:
+    if why := facts()["no_cgroup"]:
+        pytest.skip(f"no control group can be made here: {why}")
+    if missing := cgroups_missing(limits):
+        pytest.skip(f"no controller here: {missing}")
+    assert limits_wall(limits, *kinds) == state
+
+
+def test_a_container_with_a_limit_has_all_walls_up() -> None:
+    if why := facts()["no_cgroup"]:
+        pytest.skip(f"no control group can be made here: {why}")
+    if cgroups_missing(cgroups.Limits(pids=64)):
+        pytest.skip("processes cannot be limited here")
+    with Container("python", ["sleep", "1000"], pids_limit=64) as limited:
+        assert in_words(walls(limited)) == "Up: all."
+
+
+def cgroups_missing(limits: cgroups.Limits) -> list[str]:
+    return in_child(lambda: cgroups.parent().missing(limits))
 
 
 def promise() -> Sight:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import struct
@@ -11,7 +12,7 @@ from typing import Any
 
 from labkernel.children import in_child
 from labkernel.container import Container
-from labkernel.linux import namespaces
+from labkernel.linux import cgroups, namespaces
 
 FALLBACK_DEVICES = frozenset(
     ("tunl0", "gre0", "gretap0", "erspan0", "ip_vti0", "ip6_vti0", "sit0", "ip6tnl0", "ip6gre0")
@@ -39,6 +40,8 @@ class Sight:
     """Its /proc/PID/cgroup, as the lab sees it."""
     cgroup_seen: str
     """The same file, as it is seen from its own cgroup namespace."""
+    limited: bool
+    """Whether its group limits something. Only known where somebody outside of its walls was there to look."""
     capabilities: frozenset[int]
     """The effective set, by number."""
     seccomp: bool
@@ -73,13 +76,15 @@ def look(pid: int | None = None, proc: int | None = None) -> Sight:
             uid=os.getuid() if pid is None else _inside_uid(fd, who, int(status["Uid"].split()[0])),
             cgroup=_text(fd, f"{who}/cgroup"),
             cgroup_seen=_text(fd, f"{who}/cgroup"),
+            limited=pid is not None and _limited(pid),
             capabilities=_members(int(status["CapEff"], 16)),
             seccomp=status.get("Seccomp", "0") != "0",
             no_new_privs=status.get("NoNewPrivs", "0") != "0",
             namespaces=_namespaces(fd, who),
         )
         if pid is None:
-            seen = replace(seen, cgroup=_told_by_witness() or seen.cgroup)
+            cgroup, limited = _told_by_witness()
+            seen = replace(seen, cgroup=cgroup or seen.cgroup, limited=limited)
         else:
             namespaces.enter(pid, ["uts", "cgroup"])
             seen = replace(seen, cgroup_seen=_text(fd, f"{who}/cgroup"))
@@ -153,25 +158,56 @@ def _start_witness() -> None:
 
 
 def _be_witness(asked: socket.socket) -> None:
-    """Answer each question with the cgroup of who asks; the kernel says who that is, in our own pids (man 7 unix)."""
+    """Answer each question with the cgroup of who asks, and whether it limits something.
+
+    The kernel says who that is, in our own pids (man 7 unix).
+    """
     while True:
         question, credentials, *_ = asked.recvmsg(1, socket.CMSG_SPACE(12))
         if not question:
             return
         pid = struct.unpack("3i", credentials[0][2])[0]
         with open(f"/proc/{pid}/cgroup", "rb") as file:
-            asked.send(file.read())
+            asked.send((b"1" if _limited(pid) else b"0") + file.read())
 
 
-def _told_by_witness() -> str:
-    """Our cgroup as seen from outside; "" where nobody is there to ask."""
+def _told_by_witness() -> tuple[str, bool]:
+    """Our cgroup as seen from outside, and whether it limits something; "" where nobody is there to ask."""
     if _witness is None:
-        return ""
+        return "", False
     try:
         _witness.send(b"?")
-        return _witness.recv(1 << 16).decode()
+        answer = _witness.recv(1 << 16).decode()
     except OSError:
-        return ""
+        return "", False
+    return answer[1:], answer[:1] == "1"
+
+
+NO_LIMITS = frozenset(("cpu.weight", "cpu.shares", "cpu.cfs_period_us", "cpuset.cpus"))
+"""Of a group's files: shares of what there is, the period of a quota, and a list that version 1 always fills."""
+
+
+def _limited(pid: int) -> bool:
+    """Whether the group that a process is in, as we see it, limits something; those around it do not count."""
+    with contextlib.suppress(OSError):  # no groups here
+        version, paths = cgroups.parent().version, cgroups.own_paths(pid)
+        places = {
+            name: str(cgroups.below_mount(mounted, paths[name]))
+            for mounted in cgroups.mounts()
+            if mounted.version == version
+            for name in mounted.controllers or ("",)
+            if name in paths
+        }
+        if group := cgroups.at(places):
+            written = group.limits_written().items()
+            return any(_is_limit(text) for file, text in written if os.path.basename(file) not in NO_LIMITS)
+    return False
+
+
+def _is_limit(text: str) -> bool:
+    """Whether a limit file's text is one; version 1 writes -1, or the largest number that fits, where there is none."""
+    word = text.split()[0]
+    return word not in ("max", "-1") and not (word.isdigit() and int(word) >= 1 << 62)
 
 
 def _text(proc: int, path: str) -> str:

@@ -28,7 +28,7 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Wall:
-    """One wall. Half: it stands, but the way round it is still open."""
+    """One wall. Half: it stands, but the way round it is still open; or it is a group in which nothing is limited."""
 
     name: str
     state: State
@@ -65,8 +65,10 @@ def _walls(out: Sight, inn: Sight) -> list[Wall]:
     root: State = "down" if inn.root == out.root else "up" if "mnt" in own else "half"
     found = [Wall("root directory", root)]
     found += [Wall(name, "up" if kind in own else "down") for kind, name in NAMES.items()]
+    # In a group of one's own use is counted; without a limit in one of its files it may grow as before.
+    limits: State = "down" if inn.cgroup == out.cgroup else "up" if inn.limited else "half"
+    found.append(Wall("limits", limits))
     rest = {
-        "limits": inn.cgroup != out.cgroup,
         "capabilities": inn.capabilities < out.capabilities,
         "seccomp": inn.seccomp and not out.seccomp,
         "no new privs": inn.no_new_privs and not out.no_new_privs,
