@@ -101,7 +101,10 @@ USUAL_CAUSES: Mapping[tuple[str, int], str] = {
         "clone3",
         errnos.EBUSY,
     ): "the cgroup has child groups with controllers enabled: no processes are allowed in it",
-    ("setns", errnos.EPERM): "needs CAP_SYS_ADMIN in the user namespace that owns the target namespace",
+    (
+        "setns",
+        errnos.EPERM,
+    ): "needs CAP_SYS_ADMIN in the user namespace that owns the target namespace, and in your own",
     (
         "setns",
         errnos.EINVAL,
