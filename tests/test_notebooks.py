@@ -102,6 +102,11 @@ def test_stored_notebooks_have_no_faults() -> None:
     assert not found, "\n".join(found)
 
 
+def test_the_words_of_the_glossary_are_in_order() -> None:
+    words = re.findall(r"^### (.+)$", (NOTEBOOKS / "glossary.md").read_text(), re.MULTILINE)
+    assert words == sorted(words, key=lambda word: word.lower().replace("_", " "))
+
+
 @pytest.mark.parametrize(
     ("cells", "words"),
     [
