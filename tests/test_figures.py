@@ -79,6 +79,20 @@ def test_a_limit_far_above_or_missing_is_told_and_does_not_flatten_the_rest() ->
     assert "no limit" in labels(figure, 2)
 
 
+def test_side_by_side_a_limit_is_drawn_where_the_common_scale_has_room_for_it() -> None:
+    idle = Recording(
+        "idle",
+        [
+            Sample(n / 10, memory_bytes=MIB, memory_limit_bytes=128 * MIB, pids=1, pids_limit=500)
+            for n in range(20)
+        ],
+    )
+    alone, beside = figures.recording_figure(idle), figures.recording_figure(recording(), idle)
+    assert "limit 128 MiB: far above" in labels(alone, 1)
+    assert "limit 128 MiB" in labels(beside, 3)
+    assert "limit 500: far above" in labels(beside, 5)
+
+
 def test_no_two_things_differ_by_colour_alone() -> None:
     figure = figures.recording_figure(recording())
     for axes in figure.axes:

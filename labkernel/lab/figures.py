@@ -13,7 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import cycle, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from labkernel.monitor import Recording
 
@@ -27,10 +27,15 @@ if TYPE_CHECKING:
 BLUE, ORANGE, VERMILION, GREEN, SKY = "#0072b2", "#e69f00", "#d55e00", "#009e73", "#56b4e9"
 MIB = 1 << 20
 BEYOND = 3.0
-"""A limit this many times higher than anything measured is named, not drawn: the line would flatten the rest."""
+"""A limit this many times higher than anything measured is named, not drawn: the line would flatten the rest.
+
+Anything: what stands side by side has one scale."""
 
 OVER = 0.4
 """Seconds over which CPU time is averaged: four of the periods for which a quota is given."""
+
+Table: TypeAlias = Mapping[str, list[Any]]
+"""A recording's columns."""
 
 CAPTION = "CPU, memory, processes, disk, network and pressure over time, with the limits drawn in"
 
@@ -52,7 +57,7 @@ def recording_figure(*recordings: Recording) -> Figure:
             axes = grid[row][column]
             axes.grid(axis="y", color="#dddddd", linewidth=0.6)
             axes.spines[["top", "right"]].set_visible(False)
-            draw(axes, recording, recording.columns())
+            draw(axes, recording, recording.columns(), recordings)
             if column:
                 axes.set_ylabel("")
             axes.set_ylim(0, axes.get_ylim()[1] * 1.05)
@@ -66,16 +71,17 @@ def recording_figure(*recordings: Recording) -> Figure:
     return figure
 
 
-def _draw_cpu(axes: Axes, recording: Recording, table: Mapping[str, list[Any]]) -> None:
+def _draw_cpu(axes: Axes, recording: Recording, table: Table, beside: Sequence[Recording]) -> None:
     axes.set_ylabel("CPU (cores)")
     seconds, used = table["seconds"], [usec / 1e6 for usec in recording.rate("cpu_usec", OVER)]
     waiting = recording.rate("cpu_throttled_usec", OVER / 2)
     _shade(axes, seconds, [rate > 0 for rate in waiting], "throttled")
     axes.plot(seconds, used, color=BLUE, label=f"used, mean of {OVER:g} s")
-    _limit(axes, seconds, table["cpus_limit"], max(used, default=0), "quota", "{:g} cores")
+    most = _highest(one.rate("cpu_usec", OVER) for one in beside) / 1e6
+    _limit(axes, seconds, table["cpus_limit"], most, "quota", "{:g} cores")
 
 
-def _draw_memory(axes: Axes, recording: Recording, table: Mapping[str, list[Any]]) -> None:
+def _draw_memory(axes: Axes, recording: Recording, table: Table, beside: Sequence[Recording]) -> None:
     axes.set_ylabel("memory (MiB)")
     seconds = table["seconds"]
     named = {"anon": "anonymous", "file": "page cache", "shmem": "tmpfs"}
@@ -88,28 +94,30 @@ def _draw_memory(axes: Axes, recording: Recording, table: Mapping[str, list[Any]
     whole = [size / MIB for size in table["memory_bytes"]]
     axes.plot(seconds, whole, color="black", linewidth=1, label="all")
     limits = [None if size is None else size / MIB for size in table["memory_limit_bytes"]]
-    _limit(axes, seconds, limits, max(whole, default=0), "limit", "{:.4g} MiB")
+    most = _highest(one.columns()["memory_bytes"] for one in beside) / MIB
+    _limit(axes, seconds, limits, most, "limit", "{:.4g} MiB")
     _marks(axes, recording.events("oom_kills"), "OOM kill")
 
 
-def _draw_pids(axes: Axes, recording: Recording, table: Mapping[str, list[Any]]) -> None:
+def _draw_pids(axes: Axes, recording: Recording, table: Table, beside: Sequence[Recording]) -> None:
     axes.set_ylabel("processes\nand threads")
     axes.plot(table["seconds"], table["pids"], color=BLUE, drawstyle="steps-post", label="now")
-    _limit(axes, table["seconds"], table["pids_limit"], max(table["pids"], default=0), "limit", "{:g}")
+    most = _highest(one.columns()["pids"] for one in beside)
+    _limit(axes, table["seconds"], table["pids_limit"], most, "limit", "{:g}")
     _marks(axes, recording.events("pids_max_events"), "fork refused")
 
 
-def _draw_io(axes: Axes, recording: Recording, table: Mapping[str, list[Any]]) -> None:
+def _draw_io(axes: Axes, recording: Recording, table: Table, _: Sequence[Recording]) -> None:
     axes.set_ylabel("disk (MiB/s)")
     _two_ways(axes, recording, table, io_read_bytes="read", io_write_bytes="written")
 
 
-def _draw_network(axes: Axes, recording: Recording, table: Mapping[str, list[Any]]) -> None:
+def _draw_network(axes: Axes, recording: Recording, table: Table, _: Sequence[Recording]) -> None:
     axes.set_ylabel("network (MiB/s)")
     _two_ways(axes, recording, table, net_received_bytes="received", net_sent_bytes="sent")
 
 
-def _draw_pressure(axes: Axes, recording: Recording, table: Mapping[str, list[Any]]) -> None:
+def _draw_pressure(axes: Axes, recording: Recording, table: Table, _: Sequence[Recording]) -> None:
     """The shares of time in which somebody waited; with cgroup v1 the kernel knows only the whole machine's."""
     axes.set_ylabel("pressure (%)")
     styles = {"cpu": (BLUE, "-"), "memory": (VERMILION, (0, (4, 2))), "io": (GREEN, (0, (1, 2)))}
@@ -123,13 +131,17 @@ def _waited(recording: Recording) -> bool:
     return any(s.pressure_cpu or s.pressure_memory or s.pressure_io for s in recording.samples)
 
 
-def _two_ways(axes: Axes, recording: Recording, table: Mapping[str, list[Any]], **names: str) -> None:
+def _two_ways(axes: Axes, recording: Recording, table: Table, **names: str) -> None:
     styles: tuple[dict[str, Any], ...] = ({"color": BLUE}, {"color": VERMILION, "linestyle": (0, (4, 2))})
     for (column, name), style in zip(names.items(), styles, strict=True):
         rates = [rate / MIB for rate in recording.rate(column)]
         axes.plot(table["seconds"], rates, drawstyle="steps-pre", label=name, **style)
     if axes.get_ylim()[1] < 0.01:
         axes.set_ylim(0, 1)  # nothing happened: an axis that magnifies nothing would deceive
+
+
+def _highest(columns: Iterable[Iterable[float]]) -> float:
+    return max((value for column in columns for value in column), default=0)
 
 
 def _limit(
@@ -358,6 +370,7 @@ def weight_figure(weights: Sequence[Weight], title: str = "", depth: int = 3) ->
     shades = ["#cfe3f1", "#f7dfae", "#bfe5d8", "#f2cdb4", "#e4e4e4"]
     groups = _groups(weights, depth)
     totals = {name: float(sum(parts.values())) for name, parts in groups.items()}
+    nameless = [0.0]
     for shade, (name, (x, y, width, height)) in zip(
         cycle(shades), squarify(totals, 160, 92).items(), strict=False
     ):
@@ -366,17 +379,24 @@ def weight_figure(weights: Sequence[Weight], title: str = "", depth: int = 3) ->
             axes.add_patch(
                 Rectangle((x + px, y + py), w, h, facecolor=shade, edgecolor="white", linewidth=0.8)
             )
-            _label(axes, (x + px, y + py, w, h), f"{_short(part)}\n{groups[name][part] / MIB:.1f}", 7.0)
+            size = groups[name][part]
+            labels = (f"{_short(part, letters)}\n{size / MIB:.1f}" for letters in (18, 15, 12, 9))
+            if not any(_label(axes, (x + px, y + py, w, h), label, 7.0) for label in labels):
+                nameless.append(size)
         axes.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor="#333333", linewidth=1.2))
         if head:
             words = f"{name}  {totals[name] / MIB:.1f} MiB"
             _label(axes, (x, y + height - head, width, head), words, 8.5, weight="bold")
+    if any(nameless):
+        most = math.ceil(max(nameless) / MIB * 10) / 10
+        axes.text(160, -1, f"without a name: at most {most} MiB each", ha="right", va="top", fontsize=7.5)
     return figure
 
 
-def _short(name: str) -> str:
-    """A name of at most 18 letters, its beginning and its end."""
-    return name if len(name) <= 18 else f"{name[:11]}…{name[-6:]}"
+def _short(name: str, letters: int) -> str:
+    """A name of at most so many letters, its beginning and its end."""
+    end = letters // 3
+    return name if len(name) <= letters else f"{name[: letters - end - 1]}…{name[-end:]}"
 
 
 def _groups(weights: Sequence[Weight], depth: int) -> dict[str, dict[str, float]]:
@@ -394,8 +414,12 @@ def _groups(weights: Sequence[Weight], depth: int) -> dict[str, dict[str, float]
     return {where: dict(parts) for where, parts in groups.items()}
 
 
-def _label(axes: Axes, box: tuple[float, float, float, float], text: str, size: float, **style: Any) -> None:
-    """Write into a box, upright or turned, as large as fits; nothing where it would be too small to read."""
+READABLE = 6.0
+"""Points: smaller letters are left out."""
+
+
+def _label(axes: Axes, box: tuple[float, float, float, float], text: str, size: float, **style: Any) -> bool:
+    """Write into a box, upright or turned, as large as fits; whether that is large enough to read, and done."""
     x, y, width, height = box
     lines = text.split("\n")
     longest = max(map(len, lines))
@@ -404,9 +428,11 @@ def _label(axes: Axes, box: tuple[float, float, float, float], text: str, size: 
         for turned, along, across in ((False, width, height), (True, height, width))
     }
     turned = fits[True] > fits[False]
-    if fits[turned] >= 4:
-        place: dict[str, Any] = {"ha": "center", "va": "center", "rotation": 90 if turned else 0}
-        axes.text(x + width / 2, y + height / 2, text, fontsize=fits[turned], **place, **style)
+    if fits[turned] < READABLE:
+        return False
+    place: dict[str, Any] = {"ha": "center", "va": "center", "rotation": 90 if turned else 0}
+    axes.text(x + width / 2, y + height / 2, text, fontsize=fits[turned], **place, **style)
+    return True
 
 
 def describe_weights(weights: Iterable[Weight], depth: int = 3) -> str:
