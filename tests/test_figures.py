@@ -69,6 +69,40 @@ def test_limits_kills_refusals_and_waiting_are_named_and_drawn() -> None:
     assert heights(quota) == [0.5] * 10 + [0.25] * 10
 
 
+def test_the_memory_alone_is_drawn_and_told() -> None:
+    (axes,) = figures.memory_figure(recording()).axes
+    named = [text.get_text() for text in axes.get_legend().get_texts()]  # type: ignore[union-attr]
+    assert named == ["anonymous", "page cache", "all", "limit 64 MiB", "OOM kill (1)"]
+    assert heights(axes.lines[0]) == [number * 4 for number in range(20)]
+    words = figures.describe_memory(recording())
+    for part in ("(limit: 64)", "all of it up to 76", "page cache up to 19", "tmpfs up to 0", "OOM kills: 1"):
+        assert part in words
+    assert figures.describe_memory(Recording("box")) == "box: nothing recorded yet."
+    figures.as_png(figures.memory_figure(Recording()))
+
+
+def test_a_figure_is_drawn_until_what_it_shows_is_over_and_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+
+    class Handle:
+        def update(self, output: dict[str, str], raw: bool, metadata: dict[str, dict[str, str]]) -> None:
+            assert output["text/plain"] == "[figure: memory]"
+            shown.append(metadata["image/png"]["alt"])
+
+    def display(output: dict[str, str], *, display_id: bool, **more: Any) -> Handle:
+        assert display_id
+        handle = Handle()
+        handle.update(output, **more)
+        return handle
+
+    monkeypatch.setattr("IPython.display.display", display)
+    monkeypatch.setattr(figures, "FPS", 1000)
+    goes_on = iter([True, True, False])
+    drawn = iter("abc")
+    figures.show_while(lambda: next(goes_on), lambda: (Figure(), next(drawn)), "memory")
+    assert shown == ["a", "b", "c"]
+
+
 def test_a_limit_far_above_or_missing_is_told_and_does_not_flatten_the_rest() -> None:
     far = Recording(
         "", [Sample(n / 10, memory_bytes=MIB, memory_limit_bytes=512 * MIB, pids=2) for n in range(3)]

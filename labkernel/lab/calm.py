@@ -36,7 +36,7 @@ def in_words(error: BaseException) -> str:
         if error.filename is not None:
             text += f": {os.fsdecode(error.filename)}"
     else:
-        text = f"{type(error).__name__}: {error}"
+        text = f"{type(error).__name__}: {error}".removesuffix(": ")  # some say no more than their name
     return scrub(text)
 
 

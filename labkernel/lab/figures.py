@@ -10,6 +10,7 @@ import base64
 import io
 import math
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import cycle, pairwise
@@ -30,6 +31,9 @@ BEYOND = 3.0
 """A limit this many times higher than anything measured is named, not drawn: the line would flatten the rest.
 
 Anything: what stands side by side has one scale."""
+
+FPS = 4.0
+"""Figures a second, where one is drawn while something goes on."""
 
 OVER = 0.4
 """Seconds over which CPU time is averaged: four of the periods for which a quota is given."""
@@ -55,20 +59,53 @@ def recording_figure(*recordings: Recording) -> Figure:
     for column, recording in enumerate(recordings):
         for row, draw in enumerate(panels):
             axes = grid[row][column]
-            axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-            axes.spines[["top", "right"]].set_visible(False)
-            draw(axes, recording, recording.columns(), recordings)
+            _panel(axes, draw, recording, recordings, 6 if len(recordings) == 1 else 3)
             if column:
                 axes.set_ylabel("")
-            axes.set_ylim(0, axes.get_ylim()[1] * 1.05)
-            axes.legend(
-                *_named(axes), loc="lower left", bbox_to_anchor=(0, 1), ncols=6 if len(recordings) == 1 else 3,
-                fontsize=7.5, frameon=False, borderaxespad=0.1, handlelength=1.8, columnspacing=1.2,
-            )  # fmt: skip
         grid[0][column].set_title(recording.name, fontsize=11, weight="bold", pad=24)
         grid[-1][column].set_xlabel("seconds")
     figure.align_ylabels()
     return figure
+
+
+def memory_figure(recording: Recording) -> Figure:
+    """Draw the memory alone: what it consists of, the limit, and each OOM kill."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.6), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    _panel(axes, _draw_memory, recording, [recording], 6)
+    axes.set_xlabel("seconds")
+    return figure
+
+
+def describe_memory(recording: Recording) -> str:
+    """Say in words what the memory's figure shows."""
+    if len(recording.samples) < 2:
+        return f"{recording.name}: nothing recorded yet."
+    table, last = recording.columns(), recording.samples[-1]
+    most = {name: max(table[f"memory_{kind}_bytes"]) / MIB for name, kind in _KINDS.items()}
+    limits = [None if size is None else size / MIB for size in table["memory_limit_bytes"]]
+    return (
+        f"The memory of {recording.name} over {last.seconds:.1f} s{_limited(limits)}, in MiB: all of it up to "
+        f"{last.memory_peak_bytes / MIB:.0f}; "
+        + ", ".join(f"{name} up to {size:.0f}" for name, size in most.items())
+        + f". OOM kills: {last.oom_kills}."
+    )
+
+
+def _panel(
+    axes: Axes, draw: Callable[..., None], recording: Recording, beside: Sequence[Recording], ncols: int
+) -> None:
+    """One plot of a recording, with its legend above it in so many columns."""
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    draw(axes, recording, recording.columns(), beside)
+    axes.set_ylim(0, axes.get_ylim()[1] * 1.05)
+    axes.legend(
+        *_named(axes), loc="lower left", bbox_to_anchor=(0, 1), ncols=ncols,
+        fontsize=7.5, frameon=False, borderaxespad=0.1, handlelength=1.8, columnspacing=1.2,
+    )  # fmt: skip
 
 
 def _draw_cpu(axes: Axes, recording: Recording, table: Table, beside: Sequence[Recording]) -> None:
@@ -81,14 +118,18 @@ def _draw_cpu(axes: Axes, recording: Recording, table: Table, beside: Sequence[R
     _limit(axes, seconds, table["cpus_limit"], most, "quota", "{:g} cores")
 
 
+_KINDS = {"anonymous": "anon", "page cache": "file", "tmpfs": "shmem"}
+"""What memory consists of, as people and as our columns call it."""
+
+
 def _draw_memory(axes: Axes, recording: Recording, table: Table, beside: Sequence[Recording]) -> None:
     axes.set_ylabel("memory (MiB)")
     seconds = table["seconds"]
-    named = {"anon": "anonymous", "file": "page cache", "shmem": "tmpfs"}
-    if not any(table["memory_shmem_bytes"]):
-        del named["shmem"]
-    kinds = [[size / MIB for size in table[f"memory_{kind}_bytes"]] for kind in named]
-    areas = axes.stackplot(seconds, kinds, colors=[SKY, ORANGE, GREEN], labels=named.values(), linewidth=0)
+    named = {
+        name: kind for name, kind in _KINDS.items() if kind != "shmem" or any(table["memory_shmem_bytes"])
+    }
+    kinds = [[size / MIB for size in table[f"memory_{kind}_bytes"]] for kind in named.values()]
+    areas = axes.stackplot(seconds, kinds, colors=[SKY, ORANGE, GREEN], labels=list(named), linewidth=0)
     for area, hatch in zip(areas, ("", "////", "...."), strict=False):
         area.set(hatch=hatch, edgecolor="white")
     whole = [size / MIB for size in table["memory_bytes"]]
@@ -492,6 +533,27 @@ def show(figure: Figure, alt: str, caption: str = CAPTION) -> None:
     from IPython.display import display
 
     display(as_output(figure, caption), raw=True, metadata={"image/png": {"alt": alt}})  # type: ignore[no-untyped-call]
+
+
+def show_while(
+    goes_on: Callable[[], bool], draw: Callable[[], tuple[Figure, str]], caption: str = CAPTION
+) -> None:
+    """Show a figure that is drawn anew, with its `alt`, some times a second while something goes on; the last stays."""
+    from IPython.display import display
+
+    shown: Any = None
+    still = True
+    while still:
+        still = goes_on()
+        start = time.monotonic()
+        figure, alt = draw()
+        output, metadata = as_output(figure, caption), {"image/png": {"alt": alt}}
+        if shown:
+            shown.update(output, raw=True, metadata=metadata)
+        else:
+            shown = display(output, raw=True, metadata=metadata, display_id=True)  # type: ignore[no-untyped-call]
+        if still:  # as long again as the drawing took, so that it never takes more than half a core
+            time.sleep(max(1 / FPS, time.monotonic() - start))
 
 
 def as_output(figure: Figure, caption: str = CAPTION) -> dict[str, str]:
