@@ -63,8 +63,7 @@ def total(answer: Callable[[Path], Any]) -> str:
 def why(answer: Callable[[int, Cgroup], Any]) -> str:
     """Who killed a process, from its status and the counters of its group."""
     with temporary() as place:
-        path = place / "file"
-        path.write_bytes(bytes(48 * MIB))
+        path = _file(place, 48 * MIB)
         said = {
             fate: run_answer(_asked_why, answer, fate, path)
             for fate in random.sample(list(FATES), len(FATES))
@@ -83,10 +82,7 @@ def why(answer: Callable[[int, Cgroup], Any]) -> str:
 def smallest(answer: Callable[[Callable[[], Any]], Any]) -> str:
     """A limit under which a program lives, and not much more than that."""
     with temporary() as place:
-        path = place / "file"
-        path.write_bytes(bytes(32 * MIB))
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        path = _file(place, 32 * MIB)
         size = random.randrange(10, 17) * MIB
         for words, reads in (
             ("a program that only computes", None),
@@ -107,6 +103,16 @@ def _judge_limit(answer: Callable[..., Any], words: str, size: int, reads: Path 
         raise NotYet(f"under your limit, {words} is killed")
     if run_answer(_lives, int(limit / TOO_MUCH), size, reads):
         raise NotYet(f"with a quarter less, {words} would still come to its end")
+
+
+def _file(place: Path, size: int) -> Path:
+    """A file that is on the disk: what is not yet cannot be forgotten, and so is not charged to who reads it."""
+    path = place / "file"
+    with path.open("wb") as file:
+        file.write(bytes(size))
+        file.flush()
+        os.fsync(file.fileno())
+    return path
 
 
 def _numbers(path: Path) -> int:
