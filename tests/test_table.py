@@ -287,6 +287,12 @@ def test_calm_says_the_call_and_the_errno(capsys: pytest.CaptureFixture[str]) ->
     assert second.startswith("As expected, it fails: umount2(/no/such/place): E")
 
 
+def test_calm_adds_nothing_to_an_error_without_words(capsys: pytest.CaptureFixture[str]) -> None:
+    with lab.calmly(MemoryError):
+        raise MemoryError
+    assert capsys.readouterr().out == "As expected, it fails: MemoryError\n"
+
+
 def test_calm_shows_no_place_of_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     with lab.calmly(FileNotFoundError):
         os.listdir(f"{rootfs()}/no-such-place")
