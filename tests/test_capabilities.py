@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import pickle
+import re
 import resource
 import signal
 import socket
@@ -18,8 +19,18 @@ from typing import Any
 
 import pytest
 
+from labkernel.lab.reasons import label, reasons
 from labkernel.linux import capabilities, syscalls, users
-from labkernel.linux.capabilities import ALL, CHOICES, DOCKER_DEFAULT, Capability, docker_set, parse, read
+from labkernel.linux.capabilities import (
+    ALL,
+    CHOICES,
+    DOCKER_DEFAULT,
+    Capability,
+    FileCapabilities,
+    docker_set,
+    parse,
+    read,
+)
 
 
 def as_root_of_a_namespace(function: Callable[[], Any]) -> Any:
@@ -86,9 +97,44 @@ def test_the_list_is_the_kernels() -> None:
     assert {member.name: member.value for member in Capability} == numbers
 
 
+def test_no_capability_of_the_kernel_is_missing_in_the_list() -> None:
+    last = int(Path("/proc/sys/kernel/cap_last_cap").read_text())
+    assert set(range(last + 1)) <= {choice.capability for choice in CHOICES}
+
+
 def test_every_capability_is_decided_once_with_a_reason_and_a_source() -> None:
     assert [choice.capability for choice in CHOICES] == list(Capability)
-    assert all(choice.allows and choice.reason and choice.source.startswith("https://") for choice in CHOICES)
+    assert all(choice.allows and choice.reason for choice in CHOICES)
+    man = re.compile(r"https://man7\.org/linux/man-pages/man([2-8])/\w+\.\1\.html")
+    other = re.compile(r"https://(docs\.kernel\.org|lwn\.net|github\.com/moby)/[\w./-]+")
+    sources = [choice.source for choice in CHOICES]
+    assert [source for source in sources if not man.fullmatch(source) and not other.fullmatch(source)] == []
+
+
+def test_the_table_says_all_of_it_once() -> None:
+    table = reasons()
+    assert table == CHOICES
+    page, text = table._repr_html_(), repr(table)
+    for choice in CHOICES:
+        word = "kept" if choice.kept else "dropped"
+        assert f'{choice.capability.name}</th><td style="text-align:left"><b>{word}</b>' in page
+        assert page.count(f'"{choice.source}"') == [other.source for other in CHOICES].count(choice.source)
+        assert f"\n{choice.capability.name[4:]:<18} {word:<8} {choice.allows}\n" in f"\n{text}"
+        assert choice.reason in text
+    assert reasons(CHOICES[:2]) == CHOICES[:2]
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("https://man7.org/linux/man-pages/man2/chown.2.html", "chown(2)"),
+        ("https://github.com/moby/moby/issues/41886", "moby #41886"),
+        ("https://lwn.net/Articles/486306/", "lwn.net: 486306"),
+        ("https://docs.kernel.org/admin-guide/LSM/Smack.html", "docs.kernel.org: Smack"),
+    ],
+)
+def test_a_source_has_a_short_name(source: str, name: str) -> None:
+    assert label(source) == name
 
 
 def test_the_default_is_dockers() -> None:
@@ -124,6 +170,30 @@ def test_added_and_dropped_as_docker_does(add: list[str], drop: list[str], expec
 def test_all_cannot_be_added_and_dropped() -> None:
     with pytest.raises(ValueError, match="not both"):
         docker_set(["ALL"], ["ALL"])
+
+
+# ---------------------------------------------------------------------- on files
+
+
+@pytest.mark.parametrize(
+    ("given", "raw"),
+    [
+        # as `setcap cap_net_bind_service=ep` and `getfattr -e hex` show them
+        (FileCapabilities(frozenset({10})), "0100000200040000000000000000000000000000"),
+        (FileCapabilities(frozenset({0, 40}), frozenset({32}), effective=False),
+         "0000000201000000000000000001000001000000"),
+        (FileCapabilities(frozenset({13}), rootid=100000), "010000030020000000000000" + "00" * 8 + "a0860100"),
+    ],
+)  # fmt: skip
+def test_the_attribute_of_a_file_is_packed_as_the_kernel_has_it(given: FileCapabilities, raw: str) -> None:
+    assert given.pack().hex() == raw
+    assert FileCapabilities.unpack(bytes.fromhex(raw)) == given
+
+
+@pytest.mark.parametrize("raw", [b"", bytes(19), bytes(20), b"\0\0\0\3" + bytes(16), b"\0\0\0\2" + bytes(20)])
+def test_what_is_no_such_attribute_is_refused(raw: bytes) -> None:
+    with pytest.raises(ValueError, match=capabilities.FILE_ATTRIBUTE):
+        FileCapabilities.unpack(raw)
 
 
 # ---------------------------------------------------------------------- the sets

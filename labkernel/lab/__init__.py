@@ -11,12 +11,15 @@ lab.check("03.1", answer)                   the check of an exercise
 lab.show_source(function)                   how it looks in labkernel
 lab.in_fork(function)                       once more fork, for namespaces that hold for children
 lab.waiting(step, …)                        a process that does these steps and then waits
+lab.in_box(function, …)                     a function as root of a box of its own, whoever you are
+lab.reasons(choices)                        the table of capabilities, kept and dropped, with reasons and sources
 lab.scratch()                               a directory on the disk for experiments
 lab.end()                                   the clean-up cell
 """
 
 from __future__ import annotations
 
+from labkernel.lab.box import in_box
 from labkernel.lab.calm import calmly
 from labkernel.lab.checks import check
 from labkernel.lab.fork import in_fork, waiting
@@ -24,6 +27,7 @@ from labkernel.lab.group import group
 from labkernel.lab.look import look
 from labkernel.lab.notebook import begin, end, requirements, show_source
 from labkernel.lab.quiz import predict
+from labkernel.lab.reasons import reasons
 from labkernel.lab.scratch import scratch
 from labkernel.lab.table import inside_outside
 from labkernel.lab.walls import show_walls
@@ -34,10 +38,12 @@ __all__ = [
     "check",
     "end",
     "group",
+    "in_box",
     "in_fork",
     "inside_outside",
     "look",
     "predict",
+    "reasons",
     "requirements",
     "scratch",
     "show_source",

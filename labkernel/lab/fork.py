@@ -7,7 +7,7 @@ import pickle
 import signal
 import sys
 from collections.abc import Callable
-from typing import NoReturn, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 from labkernel.children import ChildFailed, memory_file
 from labkernel.linux import syscalls
@@ -22,22 +22,32 @@ def in_fork(function: Callable[..., T], *arguments: object) -> T:
     process is pid 1, and all that it has started ends with it. What the function raises is raised here.
     Raises ChildFailed when the process was killed, or ended without a value.
     """
-    import cloudpickle
-
     sys.stdout.flush()
     result = memory_file(b"")  # not a pipe: somebody who lives on might hold it open for ever
     pid = os.fork()
     if pid == 0:
+        tell(result, function, *arguments)
+    return cast(T, told(pid, result))
+
+
+def tell(result: int, function: Callable[..., object], *arguments: object) -> NoReturn:
+    """In the new process: run the function, write what came of it to the memory file `result`, and end."""
+    import cloudpickle
+
+    try:
+        answer: tuple[bool, object]
         try:
-            answer: tuple[bool, object]
-            try:
-                answer = (True, function(*arguments))
-            except Exception as error:
-                answer = (False, error)
-            sys.stdout.flush()
-            os.write(result, cloudpickle.dumps(answer))
-        finally:
-            os._exit(1)
+            answer = (True, function(*arguments))
+        except Exception as error:
+            answer = (False, error)
+        sys.stdout.flush()
+        os.write(result, cloudpickle.dumps(answer))
+    finally:
+        os._exit(1)
+
+
+def told(pid: int, result: int) -> Any:
+    """In the old one: wait for process `pid` and return what it told, or raise it. Closes `result`."""
     _, status = os.waitpid(pid, 0)
     with open(result, "rb") as file:
         file.seek(0)
@@ -50,7 +60,7 @@ def in_fork(function: Callable[..., T], *arguments: object) -> T:
     went_well, value = pickle.loads(raw)
     if not went_well:
         raise value
-    return cast(T, value)
+    return value
 
 
 def waiting(*steps: Callable[[], object]) -> int:

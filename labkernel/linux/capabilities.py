@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import os
+import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
@@ -16,8 +18,9 @@ from enum import IntEnum
 from labkernel.linux import syscalls
 from labkernel.linux.syscalls import PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, PR_CAPBSET_DROP, libc
 
-MAN = "https://man7.org/linux/man-pages/man7/capabilities.7.html"
-DOCKER = "https://docs.docker.com/engine/containers/run/#runtime-privilege-and-linux-capabilities"
+MAN = "https://man7.org/linux/man-pages/"
+DOCKER = "https://github.com/moby/moby/blob/v28.3.0/oci/caps/defaults.go"
+"""The list that the default set is compared with: what Docker keeps."""
 
 
 class Capability(IntEnum):
@@ -75,77 +78,107 @@ class Choice:
     allows: str
     reason: str
     source: str
+    """Where one can read up what is said."""
 
 
-def _kept(name: str, allows: str, reason: str) -> Choice:
-    return Choice(Capability["CAP_" + name], True, allows, reason, DOCKER)
+def _kept(name: str, allows: str, reason: str, source: str) -> Choice:
+    return Choice(Capability["CAP_" + name], True, allows, reason, _address(source))
 
 
-def _dropped(name: str, allows: str, reason: str) -> Choice:
-    return Choice(Capability["CAP_" + name], False, allows, reason, MAN)
+def _dropped(name: str, allows: str, reason: str, source: str) -> Choice:
+    return Choice(Capability["CAP_" + name], False, allows, reason, _address(source))
+
+
+def _address(source: str) -> str:
+    """`chown(2)` is a man page; what begins with https:// is an address already."""
+    name, _, section = source.removesuffix(")").partition("(")
+    return source if "://" in source else f"{MAN}man{section}/{name}.{section}.html"
 
 
 CHOICES: tuple[Choice, ...] = (
     _kept("CHOWN", "give files to any owner and group",
-          "package managers and start scripts hand data directories to the service's user"),
+          "package managers and start scripts hand data directories to the service's user", "chown(2)"),
     _kept("DAC_OVERRIDE", "read, write and enter regardless of file modes",
-          "root's scripts expect it; it reaches only the files in the container's own mounts"),
+          "root's scripts expect it; it reaches only the files in the container's own mounts",
+          "path_resolution(7)"),
     _dropped("DAC_READ_SEARCH", "read any file, and open files by handle",
-             "open_by_handle_at finds files of the host's disk outside the container: a known way out"),
+             "open_by_handle_at finds files of the host's disk outside the container: a known way out",
+             "open_by_handle_at(2)"),
     _kept("FOWNER", "change modes and times of files that belong to others",
-          "unpacking archives and installing packages sets modes on files of other owners"),
+          "unpacking archives and installing packages sets modes on files of other owners", "chmod(2)"),
     _kept("FSETID", "keep the set-user-id and set-group-id bits when a file is changed",
-          "packages contain such files, and installing them must not lose the bits"),
+          "packages contain such files, and installing them must not lose the bits", "chmod(2)"),
     _kept("KILL", "send signals to processes of other users",
-          "an init or supervisor stops services that run as other users; it sees the container's pids only"),
-    _kept("SETGID", "become any group", "services start as root and then step down"),
-    _kept("SETUID", "become any user", "services start as root and then step down; su and sudo"),
+          "an init or supervisor stops services that run as other users; it sees the container's pids only",
+          "kill(2)"),
+    _kept("SETGID", "become any group", "services start as root and then step down", "setgid(2)"),
+    _kept("SETUID", "become any user", "services start as root and then step down; su and sudo", "setuid(2)"),
     _kept("SETPCAP", "remove capabilities from the bounding set, add inheritable ones",
-          "programs that step down drop capabilities too; it cannot create any"),
+          "programs that step down drop capabilities too; it cannot create any", "capabilities(7)"),
     _dropped("LINUX_IMMUTABLE", "set the immutable and append-only flags of files",
-             "such files cannot be removed by the container's owner afterwards"),
+             "such files cannot be removed by the container's owner afterwards", "ioctl_iflags(2)"),
     _kept("NET_BIND_SERVICE", "listen on ports below 1024",
-          "web and mail servers do; the port is one of the container's own network namespace"),
-    _dropped("NET_BROADCAST", "nothing: the kernel never checks it", "nobody needs it"),
+          "web and mail servers do; the port is one of the container's own network namespace", "ip(7)"),
+    _dropped("NET_BROADCAST", "nothing: the kernel never checks it", "nobody needs it", "capabilities(7)"),
     _dropped("NET_ADMIN", "configure interfaces, routes and firewall",
-             "the container's network is set up from outside; inside it could take a neighbour's address"),
+             "the container's network is set up from outside; inside it could take a neighbour's address",
+             "netdevice(7)"),
     _kept("NET_RAW", "open raw and packet sockets",
-          "ping and traceroute; the price is that forged packets reach the bridge, so many drop it"),
-    _dropped("IPC_LOCK", "lock memory without limit", "locked memory cannot be taken back from a container"),
-    _dropped("IPC_OWNER", "use System V objects regardless of their modes", "programs use the modes instead"),
-    _dropped("SYS_MODULE", "load code into the kernel", "one kernel serves all: this is the whole machine"),
-    _dropped("SYS_RAWIO", "reach I/O ports, /dev/mem and raw device commands", "this is the whole machine"),
+          "ping and traceroute; the price is that forged packets reach the bridge, so many drop it",
+          "https://github.com/moby/moby/issues/41886"),
+    _dropped("IPC_LOCK", "lock memory without limit", "locked memory cannot be taken back from a container",
+             "mlock(2)"),
+    _dropped("IPC_OWNER", "use System V objects regardless of their modes", "programs use the modes instead",
+             "sysvipc(7)"),
+    _dropped("SYS_MODULE", "load code into the kernel", "one kernel serves all: this is the whole machine",
+             "init_module(2)"),
+    _dropped("SYS_RAWIO", "reach I/O ports, /dev/mem and raw device commands", "this is the whole machine",
+             "iopl(2)"),
     _kept("SYS_CHROOT", "call chroot, and enter mount namespaces",
-          "some services lock themselves up with it; after pivot_root there is nothing above to escape to"),
+          "some services lock themselves up with it; after pivot_root there is nothing above to escape to",
+          "chroot(2)"),
     _dropped("SYS_PTRACE", "look into and control any process",
-             "one's own processes can be traced without it; with it also those of other users"),
-    _dropped("SYS_PACCT", "switch process accounting on and off", "it is the whole machine's"),
+             "one's own processes can be traced without it; with it also those of other users", "ptrace(2)"),
+    _dropped("SYS_PACCT", "switch process accounting on and off", "it is the whole machine's", "acct(2)"),
     _dropped("SYS_ADMIN", "mount, setns, unshare, and some hundred other things",
-             "half of root's power is behind it, and so are most of the known ways out"),
-    _dropped("SYS_BOOT", "reboot, and load a new kernel", "it is the whole machine's"),
+             "half of root's power is behind it, and so are most of the known ways out",
+             "https://lwn.net/Articles/486306/"),
+    _dropped("SYS_BOOT", "reboot, and load a new kernel", "it is the whole machine's", "reboot(2)"),
     _dropped("SYS_NICE", "raise priorities, real-time scheduling, move memory between nodes",
-             "a container could starve its neighbours; CPU shares are the cgroup's matter"),
-    _dropped("SYS_RESOURCE", "exceed resource limits and disk quotas", "limits are set to be kept"),
-    _dropped("SYS_TIME", "set the clocks", "the wall clock is the whole machine's: no namespace holds it"),
-    _dropped("SYS_TTY_CONFIG", "vhangup, and privileged settings of terminals", "terminals are the host's"),
+             "a container could starve its neighbours; CPU shares are the cgroup's matter", "sched(7)"),
+    _dropped("SYS_RESOURCE", "exceed resource limits and disk quotas", "limits are set to be kept",
+             "getrlimit(2)"),
+    _dropped("SYS_TIME", "set the clocks", "the wall clock is the whole machine's: no namespace holds it",
+             "time_namespaces(7)"),
+    _dropped("SYS_TTY_CONFIG", "vhangup, and privileged settings of terminals", "terminals are the host's",
+             "vhangup(2)"),
     _kept("MKNOD", "make device nodes",
           "archives contain them; what may be opened is decided elsewhere, and in a user namespace the "
-          "kernel refuses devices all the same"),
-    _dropped("LEASE", "take leases on files of others", "a lease delays everybody else who opens the file"),
-    _kept("AUDIT_WRITE", "write to the kernel's audit log", "login, sshd and sudo record what they do"),
-    _dropped("AUDIT_CONTROL", "change audit rules", "the log is the whole machine's"),
+          "kernel refuses devices all the same", "mknod(2)"),
+    _dropped("LEASE", "take leases on files of others", "a lease delays everybody else who opens the file",
+             "fcntl(2)"),
+    _kept("AUDIT_WRITE", "write to the kernel's audit log", "login, sshd and sudo record what they do",
+          "https://github.com/moby/moby/pull/7179"),
+    _dropped("AUDIT_CONTROL", "change audit rules", "the log is the whole machine's", "capabilities(7)"),
     _kept("SETFCAP", "give capabilities to files",
-          "packages contain such files; those from a user namespace count only within it"),
-    _dropped("MAC_OVERRIDE", "overrule Smack", "the access rules are the whole machine's"),
-    _dropped("MAC_ADMIN", "configure Smack", "the access rules are the whole machine's"),
-    _dropped("SYSLOG", "read the kernel's log and its addresses", "its addresses help to attack the kernel"),
-    _dropped("WAKE_ALARM", "wake the machine from sleep", "its sleep is not a container's matter"),
-    _dropped("BLOCK_SUSPEND", "keep the machine from sleeping", "its sleep is not a container's matter"),
-    _dropped("AUDIT_READ", "read the audit log", "it tells about the whole machine"),
-    _dropped("PERFMON", "trace and measure the whole machine", "it shows what the neighbours do"),
-    _dropped("BPF", "load privileged BPF programs", "they run in the kernel, for the whole machine"),
+          "packages contain such files; those from a user namespace count only within it",
+          "user_namespaces(7)"),
+    _dropped("MAC_OVERRIDE", "overrule Smack", "the access rules are the whole machine's",
+             "https://docs.kernel.org/admin-guide/LSM/Smack.html"),
+    _dropped("MAC_ADMIN", "configure Smack", "the access rules are the whole machine's",
+             "https://docs.kernel.org/admin-guide/LSM/Smack.html"),
+    _dropped("SYSLOG", "read the kernel's log and its addresses", "its addresses help to attack the kernel",
+             "syslog(2)"),
+    _dropped("WAKE_ALARM", "wake the machine from sleep", "its sleep is not a container's matter",
+             "timerfd_create(2)"),
+    _dropped("BLOCK_SUSPEND", "keep the machine from sleeping", "its sleep is not a container's matter",
+             "epoll_ctl(2)"),
+    _dropped("AUDIT_READ", "read the audit log", "it tells about the whole machine", "capabilities(7)"),
+    _dropped("PERFMON", "trace and measure the whole machine", "it shows what the neighbours do",
+             "https://docs.kernel.org/admin-guide/perf-security.html"),
+    _dropped("BPF", "load privileged BPF programs", "they run in the kernel, for the whole machine", "bpf(2)"),
     _dropped("CHECKPOINT_RESTORE", "choose pids, and look into processes to restore them",
-             "only checkpoint and restore tools need it, and they work from outside"),
+             "only checkpoint and restore tools need it, and they work from outside", "clone(2)"),
 )  # fmt: skip
 """The default set with its reasons: every capability once, in the order of their numbers. It is Docker's."""
 
@@ -166,12 +199,14 @@ class CapabilitySets:
 
 def read(pid: int | str = "self") -> CapabilitySets:
     """The sets of process `pid`, from /proc/PID/status. Raises FileNotFoundError if there is none."""
-    masks = {}
     with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as file:
-        for line in file:
-            if line.startswith("Cap"):
-                name, mask = line.split()
-                masks[name] = _members(int(mask, 16))
+        return decode(file.read())
+
+
+def decode(status: str) -> CapabilitySets:
+    """The sets that stand in the text of such a file: each a number in hexadecimal, with bit n for capability n."""
+    lines = (line.split() for line in status.splitlines() if line.startswith("Cap"))
+    masks = {name: _members(int(mask, 16)) for name, mask in lines}
     return CapabilitySets(
         masks["CapPrm:"], masks["CapEff:"], masks["CapInh:"], masks["CapBnd:"], masks["CapAmb:"]
     )
@@ -271,6 +306,67 @@ def limit_to(keep: Iterable[int]) -> None:
     kept = frozenset(keep)
     drop_bounding(kept)
     capset(permitted=kept, effective=kept)
+
+
+# ---------------------------------------------------------------------- on files
+
+FILE_ATTRIBUTE = "security.capability"
+"""The extended attribute that holds a program file's capabilities."""
+
+VFS_CAP_REVISION_2, VFS_CAP_REVISION_3, VFS_CAP_FLAGS_EFFECTIVE = 0x02000000, 0x03000000, 0x1
+
+
+@dataclass(frozen=True)
+class FileCapabilities:
+    """What a program file brings along at execve: struct vfs_cap_data of <linux/capability.h>, man 7 capabilities."""
+
+    permitted: frozenset[int] = frozenset()
+    inheritable: frozenset[int] = frozenset()
+    effective: bool = True
+    """A single bit: whether all of it is in use at once, or the program has to switch it on."""
+    rootid: int | None = None
+    """Version 3: root of which user namespace has given it, as a uid; it counts only where that one is root."""
+
+    def pack(self) -> bytes:
+        """As the extended attribute takes it: little-endian words of 32 bits."""
+        p, i = _mask(self.permitted), _mask(self.inheritable)
+        low = 0xFFFFFFFF
+        revision = VFS_CAP_REVISION_2 if self.rootid is None else VFS_CAP_REVISION_3
+        words = [revision | self.effective, p & low, i & low, p >> 32, i >> 32]
+        words += [] if self.rootid is None else [self.rootid]
+        return struct.pack(f"<{len(words)}I", *words)
+
+    @classmethod
+    def unpack(cls, raw: bytes) -> FileCapabilities:
+        """Read such an attribute. Raises ValueError for one that is neither of version 2 nor 3."""
+        if len(raw) not in (20, 24):
+            raise ValueError(f"{FILE_ATTRIBUTE} has 20 or 24 bytes, and this has {len(raw)}")
+        magic, p_low, i_low, p_high, i_high, *rest = struct.unpack(f"<{len(raw) // 4}I", raw)
+        if magic & ~VFS_CAP_FLAGS_EFFECTIVE != (VFS_CAP_REVISION_3 if rest else VFS_CAP_REVISION_2):
+            raise ValueError(f"{FILE_ATTRIBUTE} of {len(raw)} bytes with the version {magic:#x}")
+        permitted, inheritable = _members(p_high << 32 | p_low), _members(i_high << 32 | i_low)
+        return cls(permitted, inheritable, bool(magic & VFS_CAP_FLAGS_EFFECTIVE), *rest)
+
+
+def set_on_file(path: syscalls.PathLike | int, given: FileCapabilities) -> None:
+    """Give capabilities to a program file. man 7 capabilities, man 2 setxattr.
+
+    Needs CAP_SETFCAP over the file. A write to the file, and a change of its owner, takes them away again.
+    """
+    try:
+        os.setxattr(path, FILE_ATTRIBUTE, given.pack())
+    except OSError as error:
+        raise syscalls.explained(error.errno or 0, "setxattr", FILE_ATTRIBUTE) from None
+
+
+def on_file(path: syscalls.PathLike | int) -> FileCapabilities | None:
+    """The capabilities of a program file; None where it has none, or its file system cannot keep any."""
+    try:
+        return FileCapabilities.unpack(os.getxattr(path, FILE_ATTRIBUTE))
+    except OSError as error:
+        if error.errno in (errno.ENODATA, errno.EOPNOTSUPP):
+            return None
+        raise
 
 
 def _mask(numbers: Iterable[int]) -> int:

@@ -143,6 +143,15 @@ USUAL_CAUSES: Mapping[tuple[str, int], str] = {
     "locked from a namespace above cannot be cleared",
     ("seccomp", errnos.EACCES): "set no_new_privs first, or hold CAP_SYS_ADMIN",
     ("seccomp", errnos.EINVAL): "the kernel refuses this filter program, or has no seccomp filters",
+    (
+        "setxattr",
+        errnos.EOPNOTSUPP,
+    ): "this file system keeps no such attributes beside its files: use a tmpfs or a disk",
+    (
+        "setxattr",
+        errnos.EPERM,
+    ): "an attribute security.capability needs CAP_SETFCAP, over a file whose owner and group "
+    "are in the map of this user namespace",
     ("prctl", errnos.EPERM): "a capability that is not held, or a set that is locked",
 }
 
