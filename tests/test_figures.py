@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from labkernel.image.weigh import Weight
 from labkernel.lab import figures
+from labkernel.linux import capabilities
 from labkernel.linux.network import Interface
 from labkernel.monitor import Recording, Sample
 
@@ -44,6 +45,10 @@ def labels(figure: Figure, panel: int) -> list[str]:
     legend = figure.axes[panel].get_legend()
     assert legend
     return [text.get_text() for text in legend.get_texts()]
+
+
+def points(line: Any) -> set[tuple[float, float]]:
+    return set(zip(line.get_xdata(), line.get_ydata(), strict=True))
 
 
 def heights(line: Any) -> list[float]:
@@ -264,3 +269,17 @@ def test_pressure_has_a_panel_where_the_kernel_counts_it() -> None:
     labels = [[axes.get_ylabel() for axes in figures.recording_figure(one).axes] for one in (without, waited)]
     assert [("pressure (%)" in some) for some in labels] == [False, True]
     assert "pressure on the CPU up to 40 %" in figures.describe(waited)
+
+
+def test_the_squares_of_the_grid_are_the_capabilities_that_are_held() -> None:
+    none: frozenset[int] = frozenset()
+    one = capabilities.CapabilitySets(frozenset({3}), none, none, capabilities.ALL, none)
+    two = capabilities.CapabilitySets(none, none, frozenset({40}), none, none)
+    axes = figures.capabilities_figure({"one": one, "two": two}).axes[0]
+    held, lacking = (points(line) for line in axes.lines)
+    assert held == {(0, 3), (8, 40), *((3, number) for number in capabilities.ALL)}
+    assert len(held | lacking) == len(held) + len(lacking) == 2 * 5 * 41
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == [*figures.SETS] * 2
+    assert axes.get_yticklabels()[40].get_text() == "CHECKPOINT_RESTORE 40"
+    words = figures.describe_capabilities({"one": one, "two": two})
+    assert "one: permitted CAP_FOWNER; effective none; inheritable none; bounding 41; ambient none." in words

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from labkernel.image.weigh import Weight
+    from labkernel.linux.capabilities import CapabilitySets
     from labkernel.linux.network import End, Interface
 
 BLUE, ORANGE, VERMILION, GREEN, SKY = "#0072b2", "#e69f00", "#d55e00", "#009e73", "#56b4e9"
@@ -390,6 +391,60 @@ def describe_network(networks: Mapping[str, Sequence[Interface]], cables: Sequen
 
     lines = [f"a cable from {words(one)} to {words(other)}" for one, other in cables]
     return "Network namespaces as boxes. " + "; ".join([*bridges, *lines]) + "."
+
+
+# ---------------------------------------------------------------------- which capabilities a process holds
+
+SETS = ("permitted", "effective", "inheritable", "bounding", "ambient")
+
+
+def capabilities_figure(processes: Mapping[str, CapabilitySets]) -> Figure:
+    """Draw the five sets of some processes side by side: a row for each capability, a black square where it is in."""
+    from matplotlib.figure import Figure
+
+    from labkernel.linux.capabilities import ALL, names
+
+    numbers, wide = sorted(ALL), len(SETS) + 1
+    figure = Figure(figsize=(8.4, 9.2), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set(xlim=(-0.7, wide * len(processes) - 1.3), ylim=(len(numbers) - 0.4, -0.6))
+    axes.barh(numbers[::2], 1000, height=1, left=-1, color="#f0f0f0", zorder=0)
+    held: list[tuple[int, int]] = []
+    lacking: list[tuple[int, int]] = []
+    labels = []
+    for block, (title, sets) in enumerate(processes.items()):
+        axes.text(wide * block + (len(SETS) - 1) / 2, -0.9, title, ha="center", va="bottom", fontsize=9)
+        for place, name in enumerate(SETS):
+            labels.append((wide * block + place, name))
+            for number in numbers:
+                (held if number in getattr(sets, name) else lacking).append((labels[-1][0], number))
+    for points, size in ((held, 5.5), (lacking, 1.5)):
+        axes.plot(*zip(*points, strict=True), "s", color="black", markersize=size)
+    axes.set_xticks(*zip(*labels, strict=True), rotation=90, fontsize=8)
+    axes.set_yticks(numbers, [f"{name[4:]} {n}" for n, name in zip(numbers, names(ALL), strict=True)])
+    axes.set(xlabel="the five sets of each process", ylabel="capability, and its number")
+    axes.tick_params(axis="y", labelsize=7, length=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def describe_capabilities(processes: Mapping[str, CapabilitySets]) -> str:
+    """Say in words how many capabilities are in each set, and which where they are few."""
+    from labkernel.linux.capabilities import names
+
+    def some(held: frozenset[int]) -> str:
+        return ", ".join(names(held)) if 0 < len(held) <= 3 else str(len(held) or "none")
+
+    sentences = (
+        title.replace("\n", " ")
+        + ": "
+        + "; ".join(f"{name} {some(getattr(sets, name))}" for name in SETS)
+        + "."
+        for title, sets in processes.items()
+    )
+    return "A grid: a row for each capability, five columns, the sets, for each process. " + " ".join(
+        sentences
+    )
 
 
 # ---------------------------------------------------------------------- what an image weighs
