@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from labkernel.linux import disks
 from labkernel.linux.cgroups import Limits
 from labkernel.linux.namespaces import FLAGS
 
@@ -258,10 +259,8 @@ def _cpuset(text: str) -> str:
 
 def _rates(rates: Mapping[str, str | int] | None, option: str) -> dict[str, int]:
     """Bytes a second for each block device, by its number; a partition counts as its whole disk."""
-    return {
-        _disk(device, option): parse_size(rate, f"{option} {device}", 1)
-        for device, rate in (rates or {}).items()
-    }
+    sizes = {device: parse_size(rate, f"{option} {device}", 1) for device, rate in (rates or {}).items()}
+    return {_disk(device, option): size for device, size in sizes.items()}
 
 
 def _disk(device: str, option: str) -> str:
@@ -274,7 +273,4 @@ def _disk(device: str, option: str) -> str:
         ) from None
     if not stat.S_ISBLK(status.st_mode):
         raise BadOption(f"{option} {device!r}: this is no block device; name one such as /dev/sda")
-    number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
-    if os.path.exists(f"/sys/dev/block/{number}/partition"):
-        return Path(f"/sys/dev/block/{number}/../dev").read_text().strip()
-    return number
+    return disks.whole(f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}")

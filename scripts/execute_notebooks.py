@@ -17,7 +17,7 @@ from pathlib import Path
 import nbformat
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
-from notebook_tools import client, code_cells, kernel, missing, read, selected, surroundings
+from notebook_tools import client, code_cells, kernel, lacking_for, missing, read, selected, surroundings
 
 # Longer than any cell should take; a cell of `make test` gets 60 s.
 CELL_TIMEOUT = 300.0
@@ -78,7 +78,10 @@ def main(names: list[str]) -> int:
     for path in paths:
         start = time.monotonic()
         try:
-            if lacking := missing(read(path)):
+            notebook = read(path)
+            if lacking := missing(notebook) + [
+                no for _, cell in code_cells(notebook) for no in lacking_for(cell)
+            ]:
                 raise RuntimeError(f"this machine cannot run it: {'; '.join(lacking)}")
             execute(path)
         except (CellExecutionError, CellTimeoutError, DeadKernelError, RuntimeError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from nbformat import NotebookNode
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 PRIVATE = ROOT / ".jupyter"
+NEEDS = "needs-"
 
 
 def surroundings() -> dict[str, str]:
@@ -76,6 +78,20 @@ def missing(notebook: NotebookNode) -> list[str]:
         print("(no doctor yet: everything is tried)", flush=True)
         return []
     return list(doctor.missing(list(requires)))
+
+
+def lacking_for(cell: NotebookNode) -> list[str]:
+    """Return in words what this machine lacks of what one cell needs: its tags say so, as `needs-cgroup:io`.
+
+    Such a cell runs everywhere; where something is lacking it says so, and its output is another one.
+    """
+    needs = [tag.removeprefix(NEEDS) for tag in cell.metadata.get("tags", []) if tag.startswith(NEEDS)]
+    return _lacking(tuple(needs)) if needs else []
+
+
+@functools.cache
+def _lacking(needs: tuple[str, ...]) -> list[str]:
+    return list(import_module("labkernel.lab.doctor").missing(list(needs)))
 
 
 def client(notebook: NotebookNode, path: Path, timeout: float | None) -> NotebookClient:

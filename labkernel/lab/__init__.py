@@ -13,6 +13,7 @@ lab.in_fork(function)                       once more fork, for namespaces that 
 lab.waiting(step, …)                        a process that does these steps and then waits
 lab.in_box(function, …)                     a function as root of a box of its own, whoever you are
 lab.reasons(choices)                        the table of capabilities, kept and dropped, with reasons and sources
+lab.allows("cgroup:io")                     whether the machine allows what only some cells need
 lab.scratch()                               a directory on the disk for experiments
 lab.end()                                   the clean-up cell
 """
@@ -25,7 +26,7 @@ from labkernel.lab.checks import check
 from labkernel.lab.fork import in_fork, waiting
 from labkernel.lab.group import group
 from labkernel.lab.look import look
-from labkernel.lab.notebook import begin, end, requirements, show_source
+from labkernel.lab.notebook import allows, begin, end, requirements, show_source
 from labkernel.lab.quiz import predict
 from labkernel.lab.reasons import reasons
 from labkernel.lab.scratch import scratch
@@ -33,6 +34,7 @@ from labkernel.lab.table import inside_outside
 from labkernel.lab.walls import show_walls
 
 __all__ = [
+    "allows",
     "begin",
     "calmly",
     "check",

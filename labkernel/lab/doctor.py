@@ -9,10 +9,12 @@ from __future__ import annotations
 import ctypes
 import errno
 import html
+import mmap
 import os
 import shutil
 import socket
 import struct
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +23,10 @@ from typing import Any
 from labkernel import children
 from labkernel.container import Container
 from labkernel.lab import calm
+from labkernel.lab.group import group
 from labkernel.lab.scratch import temporary
-from labkernel.linux import namespaces, syscalls, users
+from labkernel.linux import disks, namespaces, syscalls, users
+from labkernel.linux.cgroups import Limits
 
 KINDS = tuple(kind for kind in namespaces.FLAGS if kind != "user")
 NAMESPACES = tuple(f"namespace:{kind}" for kind in KINDS)
@@ -35,6 +39,11 @@ PROBES: dict[str, dict[str, Any]] = {
     "pids": {"pids_limit": 16},
 }
 """The limit that is set to try each controller; the rest follow in `_controllers`."""
+
+DISK = "cgroup:io"
+"""Tried only when it is asked for: it takes a disk, and a quarter of a second."""
+DISK_RATE, DISK_BLOCK, DISK_BLOCKS = 1 << 20, 1 << 16, 6
+"""What is written, directly, to see whether a limit holds: bytes a second, bytes, and how often."""
 
 AS_ROOT = "run the lab as root (sudo), or in the VM that comes with it"
 NO_NAMESPACES = "the machine does not let you make user namespaces"
@@ -131,7 +140,9 @@ def missing(requires: Sequence[str]) -> list[str]:
     """
     if not requires:
         return []
-    found = {finding.name: finding for finding in examine()}
+    found = {finding.name: finding for finding in examine() if requires != [DISK]}
+    if DISK in requires:
+        found[DISK] = _guarded(DISK, _disk)
     lacking: dict[str, None] = {}  # in the order in which they were met
     for name in requires:
         finding = found.get(name) or Finding(name, False, "the doctor knows no such thing")
@@ -309,6 +320,43 @@ def _controllers(facts: dict[str, Any], rootfs: Path, overlay: Finding) -> Itera
             yield Finding(name, False, _words(error), "report this")
         else:
             yield Finding(name, True, f"a container runs with {option} set")
+
+
+def _disk() -> Finding:
+    """Whether the disk behind the lab's directory is written no faster than a group of ours may."""
+    facts = children.launcher().facts
+    if not facts["cgroup_version"]:
+        why = f"no group of our own can be made: {calm.scrub(facts['no_cgroup'])}"
+        return Finding(DISK, False, why, _delegation())
+    with temporary() as place:
+        number = disks.below(place)
+        if number is None:
+            remedy = "let LABKERNEL_HOME name a directory on a disk"
+            return Finding(DISK, False, "the lab's directory lies on no disk that can be limited", remedy)
+        if "io" not in facts["controllers"]:
+            return Finding(DISK, False, "the controller io is not handed to us", _delegation())
+        try:
+            seconds = children.in_child(_write_limited, number, str(place / "file"), timeout=60)
+        except OSError as error:
+            remedy = "let LABKERNEL_HOME name a directory on another disk, with ext4, xfs or btrfs"
+            return Finding(DISK, False, f"the disk cannot be limited: {_words(error)}", remedy)
+    if seconds < DISK_BLOCK * DISK_BLOCKS / DISK_RATE / 3:
+        remedy = "another disk, or a kernel with CONFIG_BLK_DEV_THROTTLING"
+        return Finding(DISK, False, "a limit can be set for the disk, and nothing heeds it", remedy)
+    return Finding(DISK, True, "the disk behind the lab's directory is written no faster than a limit says")
+
+
+def _write_limited(number: str, path: str) -> float:
+    """In a child: write to the disk, past the page cache, in a group with a limit; the seconds that it took."""
+    made = group("disk")
+    made.set(Limits(write_bps={number: DISK_RATE}))
+    made.add(os.getpid())
+    block = mmap.mmap(-1, DISK_BLOCK)  # its memory lies as O_DIRECT wants it: man 2 open
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DIRECT, 0o600)
+    begin = time.monotonic()
+    for _ in range(DISK_BLOCKS):
+        os.write(fd, block)
+    return time.monotonic() - begin
 
 
 def _delegation() -> str:

@@ -28,6 +28,7 @@ def begin(name: str) -> None:
     from labkernel.lab import doctor
 
     _be_quiet(False)
+    _asked.clear()
     path = Path(f"{name}.ipynb")
     requires = _requires(path) if path.is_file() else []
     lacking = doctor.missing(requires)
@@ -44,6 +45,20 @@ def begin(name: str) -> None:
     _before = _ours()
     wants = f"it needs {', '.join(requires)}" if requires else "it needs nothing special"
     print(f"{name} can run here: {wants}.")
+
+
+def allows(name: str) -> bool:
+    """Ask the doctor for something that only some cells need; where the machine does not allow it, say why.
+
+    Such a cell has the tag `needs-NAME`, and where the answer is no, its output is not compared.
+    """
+    from labkernel.lab import doctor
+
+    if name not in _asked:
+        _asked[name] = doctor.missing([name])
+    for reason in _asked[name]:
+        print(f"Not on this machine: {reason}")
+    return not _asked[name]
 
 
 def end() -> None:
@@ -124,6 +139,9 @@ class Ours:
     interfaces: frozenset[str]
     directories: frozenset[str]
 
+
+_asked: dict[str, list[str]] = {}
+"""What `allows` has been told, by name: nothing where the machine allows it."""
 
 _before = Ours(frozenset(), frozenset(), frozenset(), frozenset())
 

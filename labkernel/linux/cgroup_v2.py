@@ -25,6 +25,8 @@ from labkernel.linux.cgroups import (
 
 WANTED = ("cpu", "memory", "pids", "io", "cpuset")
 LAUNCHER = "labkernel-launcher"
+ROUNDS = 3
+"""How often a group is frozen and killed until nobody is in it any more."""
 
 DELEGATION = (
     "with systemd, start the lab in a group of its own: systemd-run --user --scope -p Delegate=yes COMMAND "
@@ -232,12 +234,23 @@ def wait_for_event(path: Path, line: str, timeout: float) -> None:
 
 
 def kill_all_frozen(group: Cgroup) -> None:
-    """SIGKILL all of a group while it is frozen, so that nothing can fork away, and let the signals arrive."""
-    group.freeze()
-    for pid in group.pids():
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, 9)
-    group.thaw()
+    """SIGKILL all of a group while it is frozen, so that nothing can fork away, and let the signals arrive.
+
+    Where so many run that they do not all stand still in time, those that do die, and the rest has another round.
+    """
+    for _ in range(ROUNDS):
+        if not cgroups.members(group):
+            return
+        with contextlib.suppress(OSError):
+            group.freeze()
+        for pid in cgroups.members(group):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, 9)
+        with contextlib.suppress(OSError):
+            group.thaw()
+        end = time.monotonic() + 1.0
+        while cgroups.members(group) and time.monotonic() < end:  # who is killed is listed for a moment
+            time.sleep(0.001)
 
 
 def _why(error: OSError) -> str:

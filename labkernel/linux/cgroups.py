@@ -256,10 +256,36 @@ def at(places: Mapping[str, str] | None) -> Cgroup | None:
     return CgroupV2(Path(places[""])) if "" in places else CgroupV1(dict(places))
 
 
+def members(group: Cgroup) -> set[int]:
+    """The processes of a group and of all groups inside it, in each of its trees."""
+    return {
+        int(line)
+        for path in dict.fromkeys(group.paths.values())
+        for directory, _, _ in os.walk(path)
+        for line in read(f"{directory}/cgroup.procs").split()
+    }
+
+
 def below_mount(mounted: CgroupMount, path: str) -> Path:
     """The directory of the group `path` (from /proc/PID/cgroup) under a mount that may show only a part of the tree."""
     inside = path.removeprefix(mounted.root) if mounted.root != "/" else path
     return Path(mounted.point) / inside.lstrip("/")
+
+
+def directory_of(pid: int | str = "self", controller: str = "") -> Path:
+    """The directory of the group that a process is in: in the tree of this controller (v1's name), or the one of v2.
+
+    Raises CgroupUnavailable where no such tree is mounted, ProcessLookupError or FileNotFoundError for no such process.
+    """
+    paths = own_paths(pid)
+    here = mounts()
+    for mounted in here:
+        if controller and controller in mounted.controllers:
+            return below_mount(mounted, paths[controller])
+    for mounted in here:
+        if mounted.version == 2 and "" in paths:
+            return below_mount(mounted, paths[""])
+    raise CgroupUnavailable(errno.ENOENT, f"no tree of control groups with {controller} is mounted here")
 
 
 def write(path: Path, text: str) -> None:
@@ -282,12 +308,17 @@ def read(path: str | Path) -> str:
         if error.errno not in (errno.ENOENT, errno.ENODEV):  # ENODEV: the group goes while we open
             raise
         return ""
+    text = b""
     try:
-        return os.read(fd, 65536).decode()
+        while piece := os.read(
+            fd, 65536
+        ):  # one read gives a page at most: the list of a big group has several
+            text += piece
     except OSError:  # ENODEV: the group is gone between open and read
         return ""
     finally:
         os.close(fd)
+    return text.decode()
 
 
 def numbers(text: str) -> dict[str, int]:
