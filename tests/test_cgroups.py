@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from labkernel import children, state
+from labkernel import children, lab, state
 from labkernel.container import Container
-from labkernel.linux import cgroup_v2, cgroups, syscalls
+from labkernel.linux import cgroup_v2, cgroups, disks, syscalls
 from labkernel.linux.cgroups import CgroupUnavailable, Limits
 from labkernel.spec import BadOption
 from tests.helpers import assert_nothing_left, emulated, facts, logged, needs_limits, own_home, run_python
@@ -330,18 +330,94 @@ def test_a_fork_bomb_is_contained_and_ended_at_once() -> None:
     assert_nothing_left(before, 5)
 
 
+def test_a_list_that_is_longer_than_a_page_is_read_whole() -> None:
+    """The kernel hands out one page for each read; a group of a thousand processes fills several."""
+    path = "/proc/self/smaps"
+    assert len(cgroups.read(path)) > 3 * os.sysconf("SC_PAGE_SIZE")
+    assert cgroups.read(path).rstrip().splitlines()[-1].startswith("VmFlags")
+
+
+RUN_AWAY = """
+import os, time
+for _ in range(5):
+    if os.fork() == 0:
+        os.setsid()
+        while True:
+            try:
+                if os.fork(): os._exit(0)
+            except BlockingIOError: pass
+            time.sleep(0.002)
+"""
+
+
+def run_away(inner: bool, kill: bool) -> list[str]:
+    """In a child: a group of processes that never stay, perhaps in a group inside it; it is killed, or we end."""
+    made = lab.group("away")
+    made.set(Limits(pids=40))
+    for path in set(made.paths.values()) if inner else ():
+        os.mkdir(f"{path}/inner")
+    if os.fork() == 0:
+        made.add(os.getpid())
+        for path in set(made.paths.values()) if inner else ():
+            Path(path, "inner", "cgroup.procs").write_text("0")
+        exec(RUN_AWAY)
+        os._exit(0)
+    os.wait()
+    assert len(cgroups.members(made)) >= 4
+    if kill:
+        cgroup_v2.kill_all_frozen(made)
+        end = time.monotonic() + 5
+        while cgroups.members(made) and time.monotonic() < end:
+            time.sleep(0.01)
+        assert cgroups.members(made) == set()
+    return list(made.paths.values())
+
+
+@limits_are_there
+@pytest.mark.parametrize("inner", [False, True])
+def test_who_forks_and_ends_all_the_time_is_killed(inner: bool) -> None:
+    """The way of version 1, and of version 2 before Linux 5.14; a group inside the group is killed with it."""
+    children.in_child(run_away, inner, True, timeout=60)
+
+
+@limits_are_there
+@pytest.mark.parametrize("inner", [False, True])
+def test_such_a_group_is_gone_with_the_child_that_made_it(inner: bool) -> None:
+    paths = children.in_child(run_away, inner, False, timeout=60)
+    end = time.monotonic() + 20
+    while any(os.path.isdir(path) for path in paths) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not any(os.path.isdir(path) for path in paths)
+
+
+def in_group() -> tuple[list[str], dict[str, str]]:
+    made = lab.group("where")
+    made.add(os.getpid())
+    found = [str(cgroups.directory_of("self", name)) for name in ("pids", "freezer", "memory")]
+    return found, made.paths
+
+
+@limits_are_there
+def test_the_directory_of_a_processs_group_is_found() -> None:
+    found, paths = children.in_child(in_group)
+    assert found == [paths.get(name) or paths[""] for name in ("pids", "freezer", "memory")]
+
+
+def test_a_process_that_has_ended_is_in_no_group() -> None:
+    with subprocess.Popen(["true"]) as ended:
+        ended.wait()
+        with pytest.raises((FileNotFoundError, ProcessLookupError)):
+            cgroups.directory_of(ended.pid, "pids")
+
+
 # ---------------------------------------------------------------------- input and output
 
 
 def disk_of(path: Path) -> str | None:
-    """The block device below a directory, whole; None where there is none."""
-    number = os.stat(path).st_dev
-    place = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
-    if not place.exists():
-        return None
-    place = place.resolve()
-    name = place.parent.name if (place / "partition").exists() else place.name
-    return f"/dev/{name}" if Path(f"/dev/{name}").exists() else None
+    """The block device below a directory, by its name; None where there is none."""
+    number = disks.below(path)
+    name = number and Path(f"/sys/dev/block/{number}").resolve().name
+    return f"/dev/{name}" if name and Path(f"/dev/{name}").exists() else None
 
 
 @limits_are_there

@@ -16,7 +16,7 @@ import labkernel
 from labkernel import Container, children, in_child
 from labkernel.lab import doctor
 from labkernel.lab.doctor import Finding, Findings, examine, missing
-from labkernel.linux import syscalls
+from labkernel.linux import disks, syscalls
 from tests.helpers import assert_nothing_left, own_home, snapshot
 
 NAMES = {
@@ -138,6 +138,34 @@ def test_what_nobody_knows_is_missing() -> None:
 
 def test_what_is_here_is_not_missing(here: dict[str, Finding]) -> None:
     assert missing([name for name, finding in here.items() if finding.ok]) == []
+
+
+def test_whether_a_disk_can_be_limited_is_tried_when_it_is_asked_for(home: Path) -> None:
+    said = missing(["cgroup:io"])
+    assert "cgroup:io" not in {finding.name for finding in examine()}
+    if disks.below(home) is None or "io" not in children.launcher().facts["controllers"]:
+        assert said and "What to do: " in said[0]
+    else:
+        assert said == []
+
+
+def test_where_there_is_no_disk_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not children.launcher().facts["cgroup_version"]:
+        pytest.skip("no groups here, which is told first")
+    monkeypatch.setattr(disks, "below", lambda path: None)
+    (said,) = missing(["cgroup:io"])
+    assert said.startswith("cgroup:io: the lab's directory lies on no disk") and "LABKERNEL_HOME" in said
+
+
+def test_a_limit_that_nothing_heeds_is_a_no(monkeypatch: pytest.MonkeyPatch) -> None:
+    if missing(["cgroup:io"]):
+        pytest.skip("no disk here that can be limited")
+    monkeypatch.setattr(doctor, "DISK_RATE", 1 << 40)  # a limit of which nobody notices anything
+    monkeypatch.setattr(doctor, "DISK_BLOCK", 1 << 12)
+    assert doctor._disk().ok  # 24 KiB at that rate take no time, so any time is enough
+    monkeypatch.setattr(doctor, "_write_limited", lambda number, path: 0.0)
+    found = doctor._disk()
+    assert not found.ok and "nothing heeds it" in found.detail and found.remedy
 
 
 def test_as_text_and_as_html_the_same_is_told() -> None:

@@ -17,7 +17,7 @@ from IPython.utils.capture import capture_output
 from traitlets.config import Config
 
 from labkernel import children, lab, state
-from labkernel.lab import notebook, quiz
+from labkernel.lab import doctor, notebook, quiz
 from labkernel.linux import mounts
 from tests.helpers import own_home
 
@@ -162,3 +162,25 @@ def test_the_widget_answers_to_each_choice() -> None:
     for choice, words in (("a", "Not so. too early"), ("b", "Yes. because")):
         choices.value = choice
         assert words in answer.value
+
+
+def test_what_only_some_cells_need_is_asked_for_once_and_told_each_time(
+    shell: InteractiveShell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+    answers = {"wings": ["wings: none. What to do: grow some."], "legs": []}
+
+    def missing(names: list[str]) -> list[str]:
+        asked.append(names)
+        return answers[names[0]] if names else []
+
+    monkeypatch.setattr(doctor, "missing", missing)
+    run(shell, 'from labkernel import lab\nlab.begin("05-plain")')
+    asked.clear()
+    for _ in range(2):
+        said = run(shell, 'print(lab.allows("wings"))').stdout
+        assert said == "Not on this machine: wings: none. What to do: grow some.\nFalse\n"
+    assert run(shell, 'print(lab.allows("legs"))').stdout == "True\n"
+    assert asked == [["wings"], ["legs"]]
+    run(shell, 'lab.begin("05-plain")\nlab.allows("wings")')
+    assert ["wings"] in asked[2:]  # a notebook that begins anew asks anew

@@ -216,6 +216,22 @@ def test_after_a_cell_took_too_long_the_rest_fails_at_once(place: Path) -> None:
     assert "Cell 1: Not run: cell 0 took too long" in done.stdout
 
 
+def test_a_cell_whose_needs_are_not_met_is_run_and_not_compared(place: Path) -> None:
+    other = a_cell("x = 6\nprint('here')", 1, printed("elsewhere\n"), ("needs-wings",))
+    done = nbval(place, a_notebook(other, a_cell("print(x)", 2, printed("6\n"))))
+    assert "1 passed, 1 skipped" in done.stdout, done.stdout
+    assert "run, not compared: wings: the doctor knows no such thing." in done.stdout
+
+
+def test_where_they_are_met_it_is_compared(place: Path) -> None:
+    wrong = a_cell("print('here')", 1, printed("elsewhere\n"), ("needs-children",))
+    assert "1 failed" in nbval(place, a_notebook(wrong)).stdout
+
+
+def test_a_cell_whose_needs_are_not_met_may_not_fail(place: Path) -> None:
+    assert "1 failed" in nbval(place, a_notebook(a_cell("1 / 0", 1, None, ("needs-wings",)))).stdout
+
+
 def test_skips_are_counted_and_named_at_the_end(place: Path) -> None:
     notebook = a_notebook(a_cell("x = 1", tags=("nbval-skip",)), a_cell("y = 1", tags=("nbval-skip",)))
     done = nbval(place, notebook)

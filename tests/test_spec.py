@@ -154,6 +154,8 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"cpuset_cpus": "1-0"}, "--cpuset-cpus '1-0'", f"to {CORES - 1}"),
     ({"cpuset_cpus": "0 1"}, "--cpuset-cpus '0 1'", f"to {CORES - 1}"),
     ({"cpuset_cpus": "0\n"}, "--cpuset-cpus", f"to {CORES - 1}"),
+    ({"device_write_bps": {"/dev/null": "-5"}}, "--device-write-bps", "'-5'"),
+    ({"device_write_bps": {"/dev/null": "fast"}}, "'fast'", "from 1 or more"),
     ({"device_write_bps": {"/dev/null": "0"}}, "--device-write-bps", "/dev/null"),
     ({"device_read_bps": {"/dev/nosuch": "1M"}}, "--device-read-bps '/dev/nosuch'", "block device"),
 ]
