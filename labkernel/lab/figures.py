@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import logging
 import math
 import os
 import time
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from labkernel.image.weigh import Weight
     from labkernel.linux.capabilities import CapabilitySets
     from labkernel.linux.network import End, Interface
+
+# Where it builds its list of fonts, which it does once, it says so on a slow machine: that is not for the reader.
+logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
 
 BLUE, ORANGE, VERMILION, GREEN, SKY = "#0072b2", "#e69f00", "#d55e00", "#009e73", "#56b4e9"
 MIB = 1 << 20
