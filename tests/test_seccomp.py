@@ -9,6 +9,7 @@ import mmap
 import os
 import pickle
 import platform
+import random
 import signal
 import socket
 import struct
@@ -138,8 +139,8 @@ def test_what_comes_with_a_capability(capability: str, name: str) -> None:
     native = ARCHITECTURES[platform.machine()]
     without = seccomp.compiled("default", DOCKER_DEFAULT)
     program = seccomp.compiled("default", frozenset(DOCKER_DEFAULT | parse([capability])))
-    assert simulate(without, native, number(name)) & seccomp.ACTION == ERRNO
-    assert simulate(program, native, number(name)) == ALLOW
+    assert seccomp.verdict(without, native, number(name)) & seccomp.ACTION == ERRNO
+    assert seccomp.verdict(program, native, number(name)) == ALLOW
 
 
 def test_with_cap_sys_admin_clone_may_make_namespaces() -> None:
@@ -291,32 +292,6 @@ def test_personalities_of_linux_are_allowed(value: int) -> None:
 # ---------------------------------------------------------------------- the program
 
 
-def simulate(program: bytes, architecture: int, nr: int, arguments: tuple[int, ...] = ()) -> int:
-    """What the program answers: a small machine of its own, as linux/filter.h describes it."""
-    data = struct.pack("=iIQ6Q", nr if nr < 1 << 31 else nr - (1 << 32), architecture, 0,
-                       *(arguments + (0,) * (6 - len(arguments))))  # fmt: skip
-    code = list(struct.iter_unpack("=HBBI", program))
-    at = accumulator = 0
-    while True:
-        kind, if_true, if_false, k = code[at]
-        at += 1
-        if kind == seccomp.LD_ABS:
-            (accumulator,) = struct.unpack_from("=I", data, k)
-        elif kind == seccomp.AND:
-            accumulator &= k
-        elif kind == seccomp.JA:
-            at += k
-        elif kind == seccomp.RET:
-            return int(k)
-        else:
-            tests = {
-                seccomp.JEQ: accumulator == k,
-                seccomp.JGT: accumulator > k,
-                seccomp.JGE: accumulator >= k,
-            }
-            at += if_true if tests[kind] else if_false
-
-
 class OfLibseccomp:
     """The same profile made into a program by libseccomp itself: somebody else's opinion of what it means."""
 
@@ -377,13 +352,13 @@ def test_the_program_answers_as_libseccomps_does(added: str) -> None:
         for nr in range(newest + 1):
             values = [value for value in INTERESTING if architecture == machine or value < 1 << 32]
             for value in values if nr in asked else (0,):
-                answers = [simulate(program, token, nr, (value,)) for program in (ours, theirs)]
+                answers = [seccomp.verdict(program, token, nr, (value,)) for program in (ours, theirs)]
                 if answers[0] != answers[1]:
                     differ.append((architecture, nr, value, answers))
         for nr in (newest + 1, 1000, 0x3FFFFFFF, 0x40000000, 0x40000027, 0xFFFFFFFF):
-            assert simulate(ours, token, nr) == ERRNO | errno.ENOSYS
+            assert seccomp.verdict(ours, token, nr) == ERRNO | errno.ENOSYS
     assert not differ
-    assert simulate(ours, 0xC00000F3, 0) == ERRNO | errno.ENOSYS  # riscv64
+    assert seccomp.verdict(ours, 0xC00000F3, 0) == ERRNO | errno.ENOSYS  # riscv64
     assert len(ours) < len(theirs)
 
 
@@ -414,8 +389,12 @@ def test_conditions_compare_all_64_bits(operator: str) -> None:
             for argument in EDGES:
                 expected = HOLDS[operator](argument, value, mask)
                 arguments = (0, argument, 0, 0, 0, 7)
-                assert simulate(program, native, nr, arguments) == (ERRNO | 5 if expected else ERRNO | 1)
-                assert simulate(program, native, nr, (0, argument)) == (ALLOW if expected else ERRNO | 1)
+                assert seccomp.verdict(program, native, nr, arguments) == (
+                    ERRNO | 5 if expected else ERRNO | 1
+                )
+                assert seccomp.verdict(program, native, nr, (0, argument)) == (
+                    ALLOW if expected else ERRNO | 1
+                )
 
 
 def test_the_same_profile_makes_the_same_program_and_only_once() -> None:
@@ -437,13 +416,13 @@ def test_a_profile_of_ones_own_with_conditions() -> None:
     )  # fmt: skip
     program = seccomp.compile_profile(profile, frozenset())
     native = ARCHITECTURES[platform.machine()]
-    assert simulate(program, native, number("getppid")) == ALLOW
-    assert simulate(program, native, number("getpid")) == ERRNO | errno.ENETDOWN
-    assert simulate(program, native, number("read")) == ERRNO | errno.EACCES
-    assert simulate(program, native, number("lseek"), (5, 9, 1)) == ALLOW
-    assert simulate(program, native, number("lseek"), (5, 9, 2)) == ERRNO | errno.EACCES
-    assert simulate(program, native, number("lseek"), (5 + (1 << 32), 9, 1)) == ERRNO | errno.EACCES
-    assert simulate(program, 0xDEAD, number("getppid")) == ERRNO | errno.ENOSYS
+    assert seccomp.verdict(program, native, number("getppid")) == ALLOW
+    assert seccomp.verdict(program, native, number("getpid")) == ERRNO | errno.ENETDOWN
+    assert seccomp.verdict(program, native, number("read")) == ERRNO | errno.EACCES
+    assert seccomp.verdict(program, native, number("lseek"), (5, 9, 1)) == ALLOW
+    assert seccomp.verdict(program, native, number("lseek"), (5, 9, 2)) == ERRNO | errno.EACCES
+    assert seccomp.verdict(program, native, number("lseek"), (5 + (1 << 32), 9, 1)) == ERRNO | errno.EACCES
+    assert seccomp.verdict(program, 0xDEAD, number("getppid")) == ERRNO | errno.ENOSYS
 
 
 def test_dockers_format(tmp_path: Path) -> None:
@@ -473,13 +452,13 @@ def test_dockers_format(tmp_path: Path) -> None:
     program = seccomp.compiled(str(file), parse(["KILL"]))
     native = ARCHITECTURES[platform.machine()]
     refused = ERRNO | errno.EPERM
-    assert simulate(program, native, number("getppid")) == ERRNO | 5
+    assert seccomp.verdict(program, native, number("getppid")) == ERRNO | 5
     if X86_64:
-        assert simulate(program, native, number("getpgrp")) == refused
+        assert seccomp.verdict(program, native, number("getpgrp")) == refused
     for name in ("getuid", "getgid", "getegid", "read"):
-        assert simulate(program, native, number(name)) == ALLOW
+        assert seccomp.verdict(program, native, number(name)) == ALLOW
     for value, answer in ((0x10, refused), (0x30, refused), (7, refused), (6, ALLOW)):
-        assert simulate(program, native, number("personality"), (value,)) == answer
+        assert seccomp.verdict(program, native, number("personality"), (value,)) == answer
     assert filtered(lambda: call(number("getppid")), program) == 5
 
 
@@ -545,6 +524,61 @@ def test_the_listing_names_what_it_shows() -> None:
     for part in (f"A == {platform.machine()} ", f"{number('getppid')} (getppid)", "(socket)",
                  "A = low half of argument 0", "return allow", "return EPERM", "return ENOSYS"):  # fmt: skip
         assert part in text
+
+
+def test_the_listing_of_another_machine() -> None:
+    """What it shows does not depend on where it is made."""
+    profile = Profile((Rule(("socket",), ERRNO | errno.EPERM),), ALLOW)
+    program = seccomp.compile_profile(profile, frozenset(), "aarch64")
+    text = "\n".join(seccomp.listing(program))
+    for part in ("A == aarch64", "A == arm", "A >= 198 (socket)", "A >= 281 (socket)"):
+        assert part in text
+    assert seccomp.answer(program, ARCHITECTURES["aarch64"], 198) == "EPERM"
+    assert seccomp.answer(program, ARCHITECTURES["x86_64"], 41) == "allow"
+
+
+NO_CALL = 1000
+"""A number that is no system call's: whatever becomes of it does no harm."""
+
+
+def random_program(chance: random.Random) -> bytes:
+    """A program that lets everything be but NO_CALL, and answers that by an errno that says which way it took."""
+    length = chance.randrange(8, 40)
+    code = [(seccomp.LD_ABS, 0, 0, 0), (seccomp.JEQ, 1, 0, NO_CALL), (seccomp.RET, 0, 0, ALLOW)]
+    while len(code) < length - 4:
+        left = length - len(code) - 2
+        number = chance.choice((0, 1, 3, NO_CALL, 0x80, 0xFFFFFFFF, chance.getrandbits(32)))
+        jump = chance.choice((seccomp.JEQ, seccomp.JGT, seccomp.JGE, seccomp.JSET))
+        code.append(
+            chance.choice(
+                (
+                    (seccomp.LD_ABS, 0, 0, chance.choice((0, 4, *range(16, 64, 4)))),
+                    (seccomp.AND, 0, 0, number),
+                    (seccomp.JA, 0, 0, chance.randrange(0, min(left, 3))),
+                    (jump, chance.randrange(0, left), chance.randrange(0, left), number),
+                    (seccomp.RET, 0, 0, ERRNO | 100 + len(code)),
+                )
+            )
+        )
+    code += [(seccomp.RET, 0, 0, ERRNO | 100 + place) for place in range(len(code), length)]
+    return b"".join(struct.pack("=HBBI", *instruction) for instruction in code)
+
+
+def test_the_machine_made_by_hand_does_what_the_kernels_does() -> None:
+    """Random programs and arguments; the last line that is run tells, by its errno, which way was taken."""
+    seed = random.randrange(1 << 32)
+    chance = random.Random(seed)
+    native = ARCHITECTURES[platform.machine()]
+    for count in range(60):
+        program = random_program(chance)
+        arguments = [chance.choice((0, 1, 0x80, (1 << 64) - 1, chance.getrandbits(64))) for _ in range(6)]
+        got = filtered(lambda: call(NO_CALL, *map(ctypes.c_uint64, arguments)), program)  # noqa: B023
+        assert got == 100 + seccomp.path(program, native, NO_CALL, arguments)[-1], (seed, count)
+
+
+def test_a_program_with_an_unknown_operation_is_not_guessed_at() -> None:
+    with pytest.raises(ValueError, match=r"line 0 has the operation 0x4, which is unknown here"):
+        seccomp.path(struct.pack("=HBBI", 4, 0, 0, 1), 0, 0)
 
 
 def test_every_group_of_the_default_profile_has_its_reason() -> None:

@@ -25,7 +25,7 @@ from labkernel.container import Container
 from labkernel.lab import calm
 from labkernel.lab.group import group
 from labkernel.lab.scratch import temporary
-from labkernel.linux import disks, namespaces, syscalls, users
+from labkernel.linux import disks, landlock, namespaces, syscalls, users
 from labkernel.linux.cgroups import Limits
 
 KINDS = tuple(kind for kind in namespaces.FLAGS if kind != "user")
@@ -439,14 +439,9 @@ def _psi() -> Finding:
     return Finding("psi", True, "the kernel tells how long tasks wait (pressure)", optional=True)
 
 
-SYS_landlock_create_ruleset, LANDLOCK_CREATE_RULESET_VERSION = 444, 1
-
-
 def _landlock() -> Finding:
-    version = syscalls.libc.syscall(
-        SYS_landlock_create_ruleset, None, ctypes.c_size_t(0), ctypes.c_uint(LANDLOCK_CREATE_RULESET_VERSION)
-    )
-    if version < 0:
+    version = landlock.version()
+    if not version:
         remedy = f"{NOTHING_TO_DO}; the kernel option lsm=landlock,… brings it"
         return Finding("landlock", False, os.strerror(ctypes.get_errno()), remedy, True)
     return Finding("landlock", True, f"version {version} of its interface", optional=True)

@@ -19,9 +19,10 @@ import json
 import os
 import platform
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from operator import and_, eq, ge, gt
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ DEFAULT_PROFILE = Path(__file__).with_name("seccomp_default.toml")
 KILL_THREAD = 0x00000000
 TRAP = 0x00030000
 ERRNO = 0x00050000
+USER_NOTIF = 0x7FC00000
 LOG = 0x7FFC0000
 ALLOW = 0x7FFF0000
 KILL_PROCESS = 0x80000000
@@ -42,6 +44,7 @@ ACTION = 0xFFFF0000
 
 OPERATORS = ("NE", "LT", "LE", "EQ", "GE", "GT", "MASKED_EQ")
 SECCOMP_SET_MODE_FILTER = 1
+SECCOMP_FILTER_FLAG_NEW_LISTENER = 1 << 3
 
 # <linux/audit.h>
 ARCHITECTURES: Mapping[str, int] = {
@@ -216,8 +219,10 @@ NUMBER, ARCH, ARGUMENTS = 0, 4, 16
 
 
 @lru_cache(maxsize=32)
-def compile_profile(profile: Profile, kept: frozenset[int] = capabilities.DOCKER_DEFAULT) -> bytes:
-    """Make the BPF program of a profile, ready for `install`.
+def compile_profile(
+    profile: Profile, kept: frozenset[int] = capabilities.DOCKER_DEFAULT, machine: str = platform.machine()
+) -> bytes:
+    """Make the BPF program of a profile, ready for `install` on machines of that kind.
 
     A list cannot speak of calls that were invented after it was written. Where the list refuses by an errno,
     those fail with ENOSYS: programs know that as "an older kernel", and do without. "After" means a higher
@@ -225,7 +230,6 @@ def compile_profile(profile: Profile, kept: frozenset[int] = capabilities.DOCKER
 
     Raises FileNotFoundError if libseccomp is not installed, and OSError on a machine that is not supported.
     """
-    machine = platform.machine()
     if machine not in COMPANIONS:
         raise OSError(errno.ENOTSUP, f"the filter knows {' and '.join(COMPANIONS)}, not {machine}")
     rules = [rule for rule in profile.rules if rule.needs <= kept and not rule.unless & kept]
@@ -366,24 +370,34 @@ class _SockFprog(ctypes.Structure):
     _fields_ = [("len", ctypes.c_ushort), ("filter", ctypes.c_char_p)]
 
 
-def install(program: bytes) -> None:
+def install(program: bytes, *, listener: bool = False) -> int:
     """Put the calling process under the filter; there is no way back, and execve does not end it.
 
-    Needs no_new_privs or CAP_SYS_ADMIN: else a filter could make a setuid program misbehave. Raises OSError
-    EACCES without, EINVAL for a program that the kernel does not take. man 2 seccomp.
+    With `listener`, returns a descriptor at which somebody else is asked about the calls that the filter answers by
+    USER_NOTIF (see seccomp_notify.py); else 0. Needs no_new_privs or CAP_SYS_ADMIN: else a filter could make a setuid
+    program misbehave. Raises OSError EACCES without, EINVAL for a program that the kernel does not take.
+    man 2 seccomp.
     """
     given = ctypes.byref(_SockFprog(len(program) // 8, program))
-    result = syscalls.libc.syscall(syscalls.SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, given)
-    syscalls.check(result, "seccomp", "SECCOMP_SET_MODE_FILTER")
+    flags = SECCOMP_FILTER_FLAG_NEW_LISTENER if listener else 0
+    result = syscalls.libc.syscall(syscalls.SYS_seccomp, SECCOMP_SET_MODE_FILTER, flags, given)
+    return syscalls.check(result, "seccomp", "SECCOMP_SET_MODE_FILTER")
 
 
 # ---------------------------------------------------------------------- reading programs
 
 _TESTS = {JEQ: "==", JGT: ">", JGE: ">=", JSET: "&"}
+_HOLDS: Mapping[int, Callable[[int, int], object]] = {
+    JEQ: eq,
+    JGT: gt,
+    JGE: ge,
+    JSET: and_,
+}
 _ANSWERS = {
     KILL_THREAD: "kill the thread",
     KILL_PROCESS: "kill the process",
     TRAP: "SIGSYS",
+    USER_NOTIF: "ask",
     LOG: "allow, and log",
     ALLOW: "allow",
 }
@@ -422,6 +436,45 @@ def listing(program: bytes) -> list[str]:
             reached.setdefault(false, set()).add(then)
         lines.append(f"{place:4}  {text}")
     return lines
+
+
+def path(program: bytes, architecture: int, number: int, arguments: Sequence[int] = ()) -> list[int]:
+    """The lines of a program that are run for a call, the last of which answers: the kernel's machine, made by hand.
+
+    The architecture is one of the values of ARCHITECTURES, or any other number. Raises ValueError for an operation
+    that is in none of our programs.
+    """
+    data = struct.pack("=IIQ6Q", number, architecture, 0, *arguments, *[0] * (6 - len(arguments)))
+    code = list(struct.iter_unpack("=HBBI", program))
+    lines, accumulator = [0], 0
+    while True:
+        kind, if_true, if_false, k = code[lines[-1]]
+        skip = 0
+        if kind == LD_ABS:
+            (accumulator,) = struct.unpack_from("=I", data, k)
+        elif kind == AND:
+            accumulator &= k
+        elif kind == JA:
+            skip = k
+        elif kind in _HOLDS:
+            skip = if_true if _HOLDS[kind](accumulator, k) else if_false
+        elif kind == RET:
+            return lines
+        else:
+            raise ValueError(f"line {lines[-1]} has the operation {kind:#x}, which is unknown here")
+        lines.append(lines[-1] + 1 + skip)
+
+
+def verdict(program: bytes, architecture: int, number: int, arguments: Sequence[int] = ()) -> int:
+    """What a program answers to a call: one of the actions, with its number in the lower half."""
+    last = path(program, architecture, number, arguments)[-1]
+    answer: int = struct.unpack_from("=I", program, 8 * last + 4)[0]
+    return answer
+
+
+def answer(program: bytes, architecture: int, number: int, arguments: Sequence[int] = ()) -> str:
+    """What a program answers to a call, in words: "allow", "EPERM", "kill the process"."""
+    return _answer(verdict(program, architecture, number, arguments))
 
 
 _MACHINES = {token: name for name, token in ARCHITECTURES.items()}
