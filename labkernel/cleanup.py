@@ -30,7 +30,9 @@ def clean(parent: cgroups.CgroupParent | None) -> list[str]:
             continue
         if key and key.boot == state.boot_id() and (killed := end_session(key.pid)):
             removed.append(f"{killed} processes of launcher {key.pid}")
-        remove_spare(path.with_suffix(".spare"), parent)
+        if key:
+            remove_spare(state.spare(key.pid), parent)
+            remove_tree(str(state.ended(key.pid)))
         path.unlink(missing_ok=True)
         removed.append(f"the record of launcher {path.stem}")
     for record in state.records():
@@ -113,16 +115,16 @@ def end_session(session: int) -> int:
     return killed
 
 
-def remove_spare(path: Path, parent: cgroups.CgroupParent | None) -> None:
-    """Remove the group of a launcher's empty container; its processes end with the launcher, or now."""
+def remove_spare(directory: Path, parent: cgroups.CgroupParent | None) -> None:
+    """Remove the group and directory of a launcher's empty container; its processes end with the launcher, or now."""
     with contextlib.suppress(OSError, ValueError):
-        name = path.read_text().split()[:1]
+        name = (directory / "group").read_text().split()[:1]
         if parent and name and name[0].startswith(state.PREFIX) and "/" not in name[0]:
             group = parent.open(name[0])
             with contextlib.suppress(OSError):
                 group.kill()
             group.remove()
-    path.unlink(missing_ok=True)
+    remove_tree(str(directory))
 
 
 def remove_tree(path: str) -> None:

@@ -6,6 +6,7 @@ The launcher does the work; here a container is described, checked, started and 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 import secrets
@@ -354,6 +355,8 @@ class Container:
             if message == b"tty":
                 self.terminal = fds[0]
             elif isinstance(message, dict):
+                if "error" in message:
+                    raise message["error"]
                 self._ended = message
                 raise ContainerError(
                     f"the container ended with status {message['status']} before its program ran"
@@ -362,6 +365,8 @@ class Container:
                 _, number, text = message.decode().split(" ", 2)
                 with contextlib.suppress(children.LauncherDied):
                     self._ended = self._channel.answer(children.STARTED_WITHIN)
+                if int(number) == errno.ENOSPC:
+                    text += f": its files are below {state.home()} (LABKERNEL_HOME names another place)"
                 raise ContainerError(int(number), f"the container could not be made: {text}")
 
 

@@ -1,7 +1,8 @@
-"""Containers that are still empty: a control group, new namespaces, and a first process that waits for its order.
+"""Containers that are still empty: a directory, a control group, new namespaces with a root built in them, and two
+processes that wait for their order.
 
-Making them takes a third of a container's start, and is the same for most containers. So the launcher makes one in
-advance while it has nothing else to do, for the next container that is like most.
+Making them takes most of a container's start, and is the same for all that stand on the same ground. So the launcher
+makes one in advance while it has nothing else to do, for the next container that is like the last.
 """
 
 from __future__ import annotations
@@ -12,33 +13,48 @@ import os
 import select
 import socket
 from dataclasses import dataclass
+from functools import cached_property
 
 from labkernel import walls
-from labkernel.linux import cgroups, namespaces, users
+from labkernel.linux import cgroups, mounts, namespaces, syscalls, users
 from labkernel.processes import end_now, fork
-from labkernel.spec import Order
+from labkernel.spec import Ground, Order
 
 
-@dataclass(frozen=True)
+@dataclass
 class Empty:
     """An empty container: whoever has it gives the order, or ends it."""
 
+    ground: Ground
+    image: tuple[int, int]
+    """Which directory its root stands on, by device and inode: another may come to have the same path."""
     pid: int
     pidfd: int
     orders: socket.socket
+    mounts: int
+    """Its mount namespace. While somebody has it open, its processes need not take it apart when they end."""
     group: cgroups.Cgroup | None
     name: str
     """What its group is called, or would be."""
-    kinds: frozenset[str]
-    """Its new namespaces."""
+
+    @cached_property
+    def built(self) -> bytes:
+        """What it says when it has built its root: b"built" or b"failed"; nothing if it was killed before that."""
+        return self.orders.recv(16)
 
     def alive(self) -> bool:
         """Whether it still waits: somebody may have killed it."""
         return not select.select([self.pidfd], [], [], 0)[0]
 
+    def stands_on(self, ground: Ground) -> bool:
+        """Whether it is of use for a container of this ground."""
+        with contextlib.suppress(OSError):
+            return self.ground == ground and self.image == identity(ground.rootfs)
+        return False
+
     def give(self, order: Order) -> None:
         """Let it become the container of this order, once it is sure to end with us. Raises ProcessLookupError."""
-        if not self.orders.recv(16):
+        if not self.built:
             raise ProcessLookupError(
                 errno.ESRCH, "the container's first process was killed before it was in its place"
             )
@@ -49,23 +65,26 @@ class Empty:
         """Kill it, and remove its group."""
         end_now(self.pid, self.pidfd)
         os.close(self.pidfd)
+        os.close(self.mounts)
         self.orders.close()
         if self.group:
             self.group.remove()
 
 
 def make(
-    kinds: frozenset[str],
+    ground: Ground,
+    directory: str,
     id_maps: tuple[users.IdMap, ...],
     parent: cgroups.CgroupParent | None,
     name: str,
     limits: cgroups.Limits,
 ) -> Empty:
-    """Make an empty container, its group called `name` where groups are to be had. Raises OSError.
+    """Make an empty container in `directory`, its group called `name` where groups are to be had. Raises OSError.
 
     Its first process is in all its namespaces from birth but the cgroup's, which it takes once it is in its group.
     """
     with contextlib.ExitStack() as undo, contextlib.ExitStack() as closing:
+        lay_out(directory, id_maps[0].outside if id_maps else 0)
         group = parent.open(name) if parent else None
         doors: tuple[int, ...] = ()
         into = None
@@ -74,16 +93,44 @@ def make(
             parent.create(name)
             group.set(limits)  # before anybody is in it: a cpuset takes nobody until it is filled
             into, doors = group.into_fd, group.door_fds()
-        for fd in (*doors, *([] if into is None else [into])):
+        # Opened here, since the child could not walk there itself: our directories are closed to its ids.
+        image = identity(ground.rootfs)
+        rootfs, writable = copied_mount(ground.rootfs), copied_mount(directory)
+        for fd in (rootfs, writable, *doors, *([] if into is None else [into])):
             closing.callback(os.close, fd)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         undo.callback(ours.close)
         closing.callback(theirs.close)
-        flags = namespaces.flags(kinds - {"cgroup"})
-        pid, pidfd = fork(lambda: walls.put_up(theirs, kinds, doors), flags, into)
+        flags = namespaces.flags(ground.namespaces - {"cgroup"})
+        pid, pidfd = fork(lambda: walls.put_up(theirs, doors, ground, rootfs, writable), flags, into)
         undo.callback(end_now, pid, pidfd)
-        if "user" in kinds:
+        if "user" in ground.namespaces:
             users.write_maps(pid, id_maps)
+        mount_namespace = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
         ours.send(b"mapped")
         undo.pop_all()
-    return Empty(pid, pidfd, ours, group, name, kinds)
+    return Empty(ground, image, pid, pidfd, ours, mount_namespace, group, name)
+
+
+def lay_out(directory: str, owner: int) -> None:
+    """Make the writable layer, with the files that will say the container's name."""
+    for name in ("upper", "work", "upper/etc"):
+        os.mkdir(f"{directory}/{name}")
+        os.chown(f"{directory}/{name}", owner, owner)
+    for name in ("hostname", "hosts"):
+        fd = os.open(f"{directory}/upper/etc/{name}", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        os.fchown(fd, owner, owner)
+        os.close(fd)
+
+
+def copied_mount(path: str) -> int:
+    """A detached copy of the mount at `path`, a private one: what is mounted on it is not for the host to see."""
+    tree = syscalls.open_tree(path, syscalls.OPEN_TREE_CLONE)
+    syscalls.mount_setattr(tree, propagation=mounts.PROPAGATION["private"])
+    return tree
+
+
+def identity(path: str) -> tuple[int, int]:
+    """Which file a path leads to."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino

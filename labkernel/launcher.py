@@ -32,12 +32,12 @@ import cloudpickle
 from labkernel import cleanup, empty, state, walls
 from labkernel.linux import cgroups, mounts, namespaces, syscalls, users
 from labkernel.processes import end_now, fork, kill
-from labkernel.spec import NAMESPACES, Order, Process, Spec, Volume
+from labkernel.spec import Ground, Order, Process, Spec, Volume
 
 Message = dict[str, Any]
 
 QUIET = 0.005
-"""Seconds without anything to do after which an empty container is made for the next one."""
+"""Seconds without anything to do after which we tidy up, and make an empty container for the next one."""
 
 
 @dataclass
@@ -51,6 +51,8 @@ class Child:
     """Given the wait status: tidies up, and makes the last message."""
     killers: list[Callable[[], None]]
     keep_after_hangup: bool = False
+    afterwards: Callable[[], None] = lambda: None
+    """What remains to be done when the last message has been sent."""
 
 
 @dataclass
@@ -83,7 +85,11 @@ class Launcher:
         self.detached = False
         self.network_helper: Any = None
         self.spare: empty.Empty | None = None
-        self.wants_spare = False
+        self.chores: list[Callable[[], None]] = []
+        """What can wait until there is nothing else to do."""
+        self.ground: Ground | None = None
+        """What the last container stood on."""
+        self.ended = str(state.ended(os.getpid()))
         self.poll.register(control, select.EPOLLIN)
         self.wakeup, signal_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self.poll.register(self.wakeup, select.EPOLLIN)
@@ -95,9 +101,10 @@ class Launcher:
         """Serve until the control socket closes and, if told to detach, the last container has ended."""
         try:
             while self.control or (self.detached and self.children):
-                events = self.poll.poll(QUIET if self.wants_spare and self.control else None)
+                events = self.poll.poll(QUIET if self.chores and self.control else None)
                 if not events:
-                    self._make_spare()
+                    with contextlib.suppress(OSError):
+                        self.chores.pop(0)()
                 for fd, _ in events:
                     if fd in self.children:
                         self._child_event(fd)
@@ -150,6 +157,7 @@ class Launcher:
             self.poll.unregister(child.channel)
         child.channel.close()
         os.close(child.pidfd)
+        child.afterwards()
 
     def _watch(self, child: Child) -> None:
         for fd in (child.pidfd, child.channel.fileno()):
@@ -214,54 +222,57 @@ class Launcher:
             "process": spec.process.as_record(), "namespaces": sorted(spec.namespaces),
         }  # fmt: skip
         limits = self._limits(spec)
-        id_maps = users.container_map(self.id_maps) if "user" in spec.namespaces else ()
+        directory = str(spec.directory)
         with contextlib.ExitStack() as undo, contextlib.ExitStack() as closing:
-            spare = self._take_spare(spec)
-            if spare:
-                undo.callback(spare.end)
-            record["group"] = spare.name if spare else state.PREFIX + spec.id
-            with _explained_home(), _holding_containers():
-                spec.directory.mkdir()
-                undo.callback(cleanup.remove_tree, str(spec.directory))
-                state.take_name(spec.name, spec.id)
-                undo.callback(state.free_name, spec.name, spec.id)
-                state.write_record(spec.directory, record)  # before anything that it names
             listeners = _listeners(spec, closing)
             # Where no port of the host was named, the kernel has chosen one.
             record["publish"] = [one.text(listener.getsockname()[1]) for one, listener in listeners]
-            vessel = spare or empty.make(spec.namespaces, id_maps, self.parent, record["group"], limits)
-            pid, group = vessel.pid, vessel.group
-            if spare and group:
-                group.set(limits)
-            if not spare:
+            undo.callback(cleanup.remove_tree, directory)
+            undo.callback(state.free_name, spec.name, spec.id)
+            vessel = self._take_spare(spec)
+            if vessel:
+                made_in = str(state.spare(os.getpid()))
+                undo.callback(cleanup.remove_tree, made_in)
                 undo.callback(vessel.end)
-            record |= {
-                "cgroup": group.places if group else None,
-                "limits": limits.given(),
-                "state": "running",
-                "init": asdict(state.ProcessKey.of(pid)),
-                "pid": pid,
-            }
+                if vessel.group:
+                    vessel.group.set(limits)
+                record |= _running(vessel, limits)
+                with _explained_home(), _holding_containers():
+                    state.take_name(spec.name, spec.id)
+                    state.write_record(made_in, record)
+                    os.rename(made_in, directory)
+            else:
+                record["group"] = state.PREFIX + spec.id
+                with _explained_home(), _holding_containers():
+                    os.mkdir(directory)
+                    state.take_name(spec.name, spec.id)
+                    state.write_record(directory, record)  # before anything that it names
+                vessel = self._make_empty(spec.ground, directory, record["group"], limits)
+                undo.callback(vessel.end)
+                record |= _running(vessel, limits)
+                with _explained_home():
+                    state.write_record(directory, record)
+            pid, group = vessel.pid, vessel.group
             running = Running(spec, record, group)
-            with _explained_home():
-                order = _prepare(spec, id_maps, request["logged"], channel, fds, closing)
             if listeners:
                 running.relay = _start_relay(listeners, pid)
                 undo.callback(end_now, *running.relay)
             if spec.network == "bridge":
                 self._network().attach(pid, spec.id, spec.name)
             with _explained_home():
-                state.write_record(spec.directory, record)
+                order = _order(spec, self._id_maps(spec.ground), request["logged"], channel, fds, closing)
             killers = [lambda: kill(vessel.pidfd), *([lambda: _thaw(group)] if group else [])]
             _send(channel, {"pid": pid, "cgroup": record["cgroup"]})
             vessel.give(order)
             undo.pop_all()
+        self.ground = spec.ground
         self.detached = self.detached or spec.detach
         self._watch(
             Child(
-                pid, vessel.pidfd, channel, lambda status: self._ended(running, status), killers, spec.detach
+                pid, vessel.pidfd, channel, lambda status: self._ended(running, status), killers, spec.detach,
+                afterwards=lambda: os.close(vessel.mounts),
             )
-        )
+        )  # fmt: skip
 
     def do_exec(self, request: Message, channel: socket.socket, fds: list[int]) -> None:
         """Run one more program in a container that runs."""
@@ -314,37 +325,54 @@ class Launcher:
             )
         return cgroups.Limits() if missing else spec.limits
 
+    def _id_maps(self, ground: Ground) -> tuple[users.IdMap, ...]:
+        return users.container_map(self.id_maps) if "user" in ground.namespaces else ()
+
+    def _make_empty(self, ground: Ground, directory: str, name: str, limits: cgroups.Limits) -> empty.Empty:
+        with _explained_home():
+            return empty.make(ground, directory, self._id_maps(ground), self.parent, name, limits)
+
     def _take_spare(self, spec: Spec) -> empty.Empty | None:
-        """The empty container that was made in advance, where this one is like most."""
+        """The empty container that was made in advance, where this one is like the last."""
         spare = self.spare
-        if spare is None or spec.limits.cpuset_cpus or spare.kinds != spec.namespaces or not spare.alive():
+        if spare is None or spec.limits.cpuset_cpus or not spare.stands_on(spec.ground):
+            return None
+        if spare.built != b"built" or not spare.alive():
             return None
         self.spare = None
         return spare
 
     def _make_spare(self) -> None:
-        """Make an empty container for the next one; where that fails, the next one will say why."""
-        self.wants_spare = False
-        if self.spare and self.spare.alive():
+        """Make an empty container for the next one; where that fails, the next one will say why.
+
+        Not on a root file system of the reader's own: the reader may change it, and overlay forbids that beneath it.
+        """
+        if self.spare and self.spare.alive() and self.ground and self.spare.stands_on(self.ground):
             return
-        if self.spare:
-            self.spare.end()
-            self.spare = None
-        name, file = state.PREFIX + secrets.token_hex(6), state.spare_file(os.getpid())
+        self._end_spare()
+        if self.ground is None or not self.ground.rootfs.startswith(f"{state.home()}/"):
+            return
+        directory, name = str(state.spare(os.getpid())), state.PREFIX + secrets.token_hex(6)
         with contextlib.suppress(OSError), contextlib.ExitStack() as undo:
-            file.write_text(name)  # before it is made
-            maps = users.container_map(self.id_maps)
-            spare = empty.make(frozenset(NAMESPACES), maps, self.parent, name, cgroups.Limits())
+            undo.callback(cleanup.remove_tree, directory)
+            os.mkdir(directory)
+            state.write_group(directory, name)  # before it is made
+            spare = self._make_empty(self.ground, directory, name, cgroups.Limits())
             undo.callback(spare.end)
-            with file.open("a") as more:  # not anew: whoever kills us now is to find the name
-                more.write(f" {spare.pid}")
+            state.write_group(directory, f" {spare.pid}")
             undo.pop_all()
             self.spare = spare
 
+    def _end_spare(self) -> None:
+        if self.spare:
+            self.spare.end()
+            self.spare = None
+        cleanup.remove_spare(state.spare(os.getpid()), self.parent)
+
     def _ended(self, running: Running, status: int) -> Message:
         """Remove what the container was made of, and say how it ended and what it used."""
-        spec, group = running.spec, running.group
-        self.wants_spare = True
+        spec, group, directory = running.spec, running.group, str(running.spec.directory)
+        self.chores = [self._sweep, self._make_spare]
         if running.relay:
             end_now(*running.relay)
             os.close(running.relay[1])
@@ -358,12 +386,24 @@ class Launcher:
             group.remove()
         if spec.remove:
             state.free_name(spec.name, spec.id)
-            cleanup.remove_tree(str(spec.directory))
+            self._throw_away(directory)
         else:
             record = running.record | {"state": "exited", "exit_code": message["status"]}
-            state.write_record(spec.directory, record)
-            cleanup.remove_tree(str(spec.directory / "work"))
+            state.write_record(directory, record)
+            self._throw_away(f"{directory}/work")
         return message
+
+    def _throw_away(self, directory: str) -> None:
+        """Put a directory where it will be removed: that takes as long as the disk wants, and nobody waits for it."""
+        try:
+            os.makedirs(self.ended, exist_ok=True)
+            os.rename(directory, f"{self.ended}/{secrets.token_hex(6)}")
+        except OSError:  # a full disk may have no room for the rename, but it has for this
+            cleanup.remove_tree(directory)
+
+    def _sweep(self) -> None:
+        """Remove what was thrown away."""
+        cleanup.remove_tree(self.ended)
 
     def _network(self) -> Any:
         """The lab's own network, made when the first container is attached to it."""
@@ -383,11 +423,8 @@ class Launcher:
                 if fd in pidfds:
                     self._child_event(fd)
             self._reap_adopted()
-        if self.spare:
-            self.spare.end()
-        cleanup.remove_spare(
-            state.spare_file(os.getpid()), self.parent
-        )  # also one that we were told to end amid
+        self._end_spare()  # also one that we were told to end amid
+        self._sweep()
         if self.network_helper:
             self.network_helper.close()
         cleanup.end_session(os.getpid())
@@ -476,49 +513,42 @@ def _listeners(spec: Spec, closing: contextlib.ExitStack) -> list[tuple[Any, soc
     return [(one, closing.enter_context(relay.listen(one))) for one in published]
 
 
-def _prepare(
+def _running(vessel: empty.Empty, limits: cgroups.Limits) -> Message:
+    """What the record of a container says as soon as it has a process."""
+    return {
+        "group": vessel.name,
+        "cgroup": vessel.group.places if vessel.group else None,
+        "limits": limits.given(),
+        "state": "running",
+        "init": asdict(state.ProcessKey.of(vessel.pid)),
+        "pid": vessel.pid,
+    }
+
+
+def _order(
     spec: Spec, id_maps: tuple[users.IdMap, ...], logged: list[int],
     channel: socket.socket, fds: list[int], closing: contextlib.ExitStack,
 ) -> Order:  # fmt: skip
     """Open what the child needs; it could not walk there itself, our directories are closed to its ids."""
-    owner = id_maps[0].outside if id_maps else 0
-    directory = str(spec.directory)
-    for name in ("upper", "work", "upper/etc"):
-        os.mkdir(f"{directory}/{name}")
-        os.chown(f"{directory}/{name}", owner, owner)
-    hosts = f"127.0.0.1 localhost\n::1 localhost\n127.0.1.1 {spec.hostname}\n"
-    for name, text in (("hostname", f"{spec.hostname}\n"), ("hosts", hosts)):
-        fd = os.open(f"{directory}/upper/etc/{name}", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        os.write(fd, text.encode())
-        os.fchown(fd, owner, owner)
-        os.close(fd)
 
     def opened(fd: int) -> int:
         closing.callback(os.close, fd)
         return fd
 
-    rootfs = opened(_copied_mount(spec.rootfs))
-    writable = opened(_copied_mount(directory))
     volumes = tuple(opened(_volume_tree(volume, id_maps)) for volume in spec.volumes)
     if logged:  # opened by way of the copied mount: /proc/self/fd/1 then says "/log", and no path of the host
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        writable = opened(empty.copied_mount(str(spec.directory)))
         log = opened(os.open("log", flags, 0o600, dir_fd=writable))
         fds = [log if number in logged else fd for number, fd in enumerate(fds)]
     pickled = opened(os.memfd_create(state.PREFIX + "spec", os.MFD_CLOEXEC))
     os.write(pickled, pickle.dumps(spec))
-    return Order(pickled, channel.fileno(), rootfs, writable, (fds[0], fds[1], fds[2]), volumes)
-
-
-def _copied_mount(path: str) -> int:
-    """A detached copy of the mount at `path`, a private one: what is mounted on it is not for the host to see."""
-    tree = syscalls.open_tree(path, syscalls.OPEN_TREE_CLONE)
-    syscalls.mount_setattr(tree, propagation=mounts.PROPAGATION["private"])
-    return tree
+    return Order(pickled, channel.fileno(), (fds[0], fds[1], fds[2]), volumes)
 
 
 def _volume_tree(volume: Volume, id_maps: tuple[users.IdMap, ...]) -> int:
     """A detached copy of the volume's mount, ready to be attached inside."""
-    tree = _copied_mount(volume.source)
+    tree = empty.copied_mount(volume.source)
     attributes = syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV
     syscalls.mount_setattr(
         tree, attr_set=attributes | (syscalls.MOUNT_ATTR_RDONLY if volume.read_only else 0)

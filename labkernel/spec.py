@@ -129,28 +129,40 @@ class Spec:
 
         return state.containers() / self.id
 
+    @property
+    def ground(self) -> Ground:
+        """What can be made before anybody asks for this container."""
+        return Ground(self.rootfs, self.namespaces, self.masked_paths)
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What a container has in common with others like it."""
+
+    rootfs: str
+    namespaces: frozenset[str]
+    masked_paths: bool
+
 
 @dataclass(frozen=True)
 class Order:
-    """What an empty container is told to become: descriptors, which are sent to its first process."""
+    """What an empty container is told to become: descriptors, which are sent to its second process."""
 
     spec: int
     """A file with the pickled `Spec`."""
     channel: int
-    rootfs: int
-    writable: int
     stdio: tuple[int, int, int]
     volumes: tuple[int, ...]
 
     def descriptors(self) -> tuple[int, ...]:
         """All of them, in the order in which `received` takes them."""
-        return (self.spec, self.channel, self.rootfs, self.writable, *self.stdio, *self.volumes)
+        return (self.spec, self.channel, *self.stdio, *self.volumes)
 
     @classmethod
     def received(cls, fds: Sequence[int]) -> Order:
         """The same order, by the numbers that the descriptors have with the one who got them."""
-        stdin, stdout, stderr = fds[4:7]
-        return cls(fds[0], fds[1], fds[2], fds[3], (stdin, stdout, stderr), tuple(fds[7:]))
+        stdin, stdout, stderr = fds[2:5]
+        return cls(fds[0], fds[1], (stdin, stdout, stderr), tuple(fds[5:]))
 
 
 def parse_size(text: str | int, option: str, minimum: int = 0, maximum: int | None = None) -> int:

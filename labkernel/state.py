@@ -40,9 +40,15 @@ def launchers() -> Path:
     return home() / "launchers"
 
 
-def spare_file(launcher: int) -> Path:
-    """Where the launcher of this pid writes down the empty container that it keeps: its group, then its pid."""
+def spare(launcher: int) -> Path:
+    """The directory of the empty container that the launcher of this pid keeps: a file `group` in it says its
+    control group, then its pid."""
     return launchers() / f"{launcher}.spare"
+
+
+def ended(launcher: int) -> Path:
+    """Where the launcher of this pid puts the directories of containers that have ended, until it removes them."""
+    return launchers() / f"{launcher}.ended"
 
 
 def names() -> Path:
@@ -114,13 +120,20 @@ STAGES = ("created", "running", "exited")
 REQUIRED = {"id": str, "name": str, "state": str, "created": float, "command": list}
 
 
-def write_record(directory: Path, record: Mapping[str, Any]) -> None:
+def write_group(directory: str, text: str) -> None:
+    """Add to what is written down of an empty container: never anew, for whoever kills us meanwhile."""
+    with open(f"{directory}/group", "a", encoding="ascii") as file:
+        file.write(text)
+
+
+def write_record(directory: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
     """Write down a container's present state: a new file for each stage of its life.
 
     None is ever replaced: a reader sees an old one or a new one, never half of one, and ext4 does not write to disk
     at once, as it does when a file is renamed over another.
     """
-    fd = os.open(directory / f"{record['state']}.json", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    path = f"{os.fspath(directory)}/{record['state']}.json"
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         os.write(fd, json.dumps(record).encode())
     finally:

@@ -21,7 +21,7 @@ from typing import NoReturn
 from labkernel.linux import capabilities, mounts, network, seccomp, syscalls
 from labkernel.linux.namespaces import FLAGS
 from labkernel.linux.syscalls import MOUNT_ATTR_RDONLY, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG
-from labkernel.spec import Order, Process, Spec
+from labkernel.spec import Ground, Order, Process, Spec
 
 NEW_ROOT = "/tmp"
 """Where the new root is put together. Any directory of the host does: the mount hides it from this process alone."""
@@ -46,28 +46,36 @@ TIOCSPTLCK, TIOCGPTN = 0x40045431, 0x80045430
 """Unlock a pseudo-terminal, and ask for its number; <asm-generic/ioctls.h>, man 2 TIOCSPTLCK."""
 
 
-def put_up(orders: socket.socket, kinds: frozenset[str], doors: tuple[int, ...]) -> NoReturn:
-    """Be the first process of a container: take our place, and be init to a second process, which waits for the order.
+def put_up(
+    orders: socket.socket, doors: tuple[int, ...], ground: Ground, rootfs: int, writable: int
+) -> NoReturn:
+    """Be the first process of a container: take our place, and be init to a second process, which becomes the program.
 
-    The order comes at once, or when there is a use for a container made in advance. Then the second process builds
-    the rest of the walls and becomes the program: so this one, which stays as long as the container, touches (and so
-    copies) hardly any of the launcher's memory.
+    The second one builds what stands on the ground, and waits for the order: that comes at once, or when there is a
+    use for a container made in advance. So this one, which stays as long as the container, touches (and so copies)
+    hardly any of the launcher's memory.
     """
-    keep_only((orders.fileno(), *doors))
+    keep_only((orders.fileno(), *doors, rootfs, writable))
     trouble = None
     try:
-        take_place(orders, kinds, doors)
+        take_place(orders, ground.namespaces, doors)
     except Exception as error:
         trouble = error  # told when there is somebody to tell it to
-    orders.send(b"in place")
     second = os.fork()
     if second == 0:
+        try:
+            if trouble:
+                raise trouble
+            build(ground, rootfs, writable)
+        except Exception as error:
+            trouble = error
+        orders.send(b"failed" if trouble else b"built")
         order = receive(orders)
         try:
             if trouble:
                 raise trouble
             spec = read_spec(order)
-            build(spec, order)
+            furnish(spec, order.volumes)
         except Exception as error:
             tell_failure(order.channel, error)
         start_program(spec.process, order.stdio, order.channel)
@@ -113,30 +121,38 @@ def read_spec(order: Order) -> Spec:
     return spec
 
 
-def build(spec: Spec, order: Order) -> None:
-    """Fill the new namespaces: a name, and a root of its own with nothing of the host in it."""
+def build(ground: Ground, rootfs: int, writable: int) -> None:
+    """Fill the new mount namespace: a root of its own with nothing of the host in it."""
     root = NEW_ROOT
-    shared = set(FLAGS) - spec.namespaces
-    if "uts" not in shared:
-        socket.sethostname(spec.hostname)
-    lower = attach(order.rootfs, root)
-    writable = attach(order.writable, root)
-    mounts.overlay(root, [lower], f"{writable}/upper", f"{writable}/work")
+    shared = set(FLAGS) - ground.namespaces
+    lower, layer = attach(rootfs, root), attach(writable, root)
+    mounts.overlay(root, [lower], f"{layer}/upper", f"{layer}/work")
     mounts.proc(f"{root}/proc")
     mounts.minimal_dev(f"{root}/dev", own_mqueue="ipc" not in shared)
     if "net" in shared:
         mounts.bind("/sys", f"{root}/sys", recursive=True)
     else:
         mounts.sysfs(f"{root}/sys")
-    for volume, tree in zip(spec.volumes, order.volumes, strict=True):
-        mount_point(root, volume.target, os.path.isdir(f"/proc/self/fd/{tree}"))
-        syscalls.move_mount(tree, f"{root}{volume.target}")
     mounts.pivot_root_into(root)
-    if spec.masked_paths:
+    if ground.masked_paths:
         for path in mounts.MASKED_PATHS:
             mounts.mask(path)
         for path in mounts.READONLY_PATHS:
             mounts.make_read_only(path)
+
+
+def furnish(spec: Spec, volumes: Iterable[int]) -> None:
+    """What no other container has: a name, volumes, and whether its root may be written to."""
+    if "uts" in spec.namespaces:
+        socket.sethostname(spec.hostname)
+    hosts = f"127.0.0.1 localhost\n::1 localhost\n127.0.1.1 {spec.hostname}\n"
+    for path, text in (("/etc/hostname", f"{spec.hostname}\n"), ("/etc/hosts", hosts)):
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        os.write(fd, text.encode())
+        os.close(fd)
+    for volume, tree in zip(spec.volumes, volumes, strict=True):
+        mount_point(volume.target, os.path.isdir(f"/proc/self/fd/{tree}"))
+        syscalls.move_mount(tree, volume.target)
     if spec.read_only:
         syscalls.mount_setattr(syscalls.AT_FDCWD, "/", attr_set=MOUNT_ATTR_RDONLY)
 
@@ -308,16 +324,16 @@ def attach(tree: int, where: str) -> str:
     return f"/proc/self/fd/{os.open(where, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)}"
 
 
-def mount_point(root: str, target: str, is_directory: bool) -> None:
-    """Make what a volume is mounted on, without following a link of the image out of `root`."""
-    current = root
+def mount_point(target: str, is_directory: bool) -> None:
+    """Make what a volume is mounted on, without following a link of the image."""
+    current = ""
     parts = target.strip("/").split("/")
     for number, part in enumerate(parts):
         current = f"{current}/{part}"
         if os.path.islink(current):
             raise OSError(
                 errno.ELOOP,
-                f"--volume {target}: {current.removeprefix(root)} is a symbolic link in the image",
+                f"--volume {target}: {current} is a symbolic link in the image",
             )
         if number + 1 < len(parts) or is_directory:
             os.makedirs(current, exist_ok=True)

@@ -283,11 +283,10 @@ def remove_home(place: Path) -> None:
 def _spares() -> tuple[set[str], set[int]]:
     """The groups and processes of empty containers that launchers keep in readiness: they end with the launcher."""
     groups, pids = set(), set()
-    taken = {record.get("group") for record in state.records()}
     for path in state.launchers().glob("*.spare"):
         with contextlib.suppress(OSError, ValueError):
-            group, pid = path.read_text().split()
-            if group not in taken and state.ProcessKey.of(int(path.stem)):
+            group, pid = (path / "group").read_text().split()
+            if state.ProcessKey.of(int(path.stem)):
                 groups.add(group)
                 pids |= {int(pid), *descendants(int(pid))}
     return groups, pids

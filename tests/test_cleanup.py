@@ -264,7 +264,7 @@ def test_the_container_that_is_made_in_advance_is_cleaned_up_too() -> None:
     children.close_launcher()
     before = snapshot()
     Container("python", ["true"]).run()
-    file = state.spare_file(children.launcher().process.pid)
+    file = state.spare(children.launcher().process.pid) / "group"
     end = time.monotonic() + 20
     while not file.exists() or len(file.read_text().split()) < 2:
         assert time.monotonic() < end
@@ -282,7 +282,7 @@ def test_the_container_that_is_made_in_advance_is_cleaned_up_too() -> None:
 def test_the_container_that_is_made_in_advance_may_be_killed() -> None:
     with Container("python", ["true"]) as first:
         first.wait(20)
-    file = state.spare_file(children.launcher().process.pid)
+    file = state.spare(children.launcher().process.pid) / "group"
     end = time.monotonic() + 20
     while not file.exists() or len(file.read_text().split()) < 2:
         assert time.monotonic() < end
@@ -293,3 +293,26 @@ def test_the_container_that_is_made_in_advance_may_be_killed() -> None:
         assert time.monotonic() < end
         time.sleep(0.005)
     assert Container("python", ["true"]).run().returncode == 0
+
+
+def test_what_was_thrown_away_goes_at_once_or_with_the_next_launcher() -> None:
+    """Nobody waits for the disk; but whoever is killed in between leaves it to the next."""
+    children.close_launcher()
+    before = snapshot()
+    container = Container("python", ["sh", "-c", "mkdir -p /a/b; echo x > /a/b/c"])
+    assert container.run().returncode == 0
+    assert not container.spec.directory.exists()
+    launcher = children.launcher().process
+    ended = state.ended(launcher.pid)
+    end = time.monotonic() + 20
+    while ended.exists():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    launcher.kill()
+    launcher.wait()
+    (ended / "0123456789ab/upper/closed").mkdir(parents=True)
+    (ended / "0123456789ab/upper/closed").chmod(0)
+    children.launcher()
+    assert not ended.exists()
+    children.close_launcher()
+    assert_nothing_left(before)

@@ -751,7 +751,7 @@ def test_one_after_the_other_costs_no_descriptors_and_no_memory() -> None:
 
     def ready() -> bool:
         try:
-            pid = state.spare_file(launcher).read_text().split()[1:]
+            pid = (state.spare(launcher) / "group").read_text().split()[1:]
         except FileNotFoundError:
             return False
         return bool(pid) and os.path.exists(f"/proc/{pid[0]}")
@@ -832,3 +832,40 @@ assert Container('python', ['sh', '-c', 'exit 6']).run(timeout=60).returncode ==
     variables = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     ended = subprocess.run([sys.executable, "-c", program], env=variables, capture_output=True, timeout=60)
     assert ended.returncode == 0, ended.stderr.decode()
+
+
+def test_a_root_file_system_of_the_readers_own_may_be_changed_between_two_containers(tmp_path: Path) -> None:
+    """Overlay forbids it beneath a mount; so none is made in advance on what is not of the store."""
+    program = shutil.which("busybox")
+    if not program:
+        pytest.skip("busybox is not installed")
+    tmp_path.chmod(0o755)
+    place = tmp_path / "rootfs"
+    for number in range(3):
+        (place / "bin").mkdir(parents=True)
+        for name in ("proc", "sys", "dev"):
+            (place / name).mkdir()
+        shutil.copy(program, place / "bin/sh")
+        (place / "number").write_text(f"{number}\n")
+        place.chmod(0o755)
+        for _ in range(2):
+            container = Container(str(place), ["/bin/sh", "-c", "read n < /number; echo $n"])
+            assert container.run().stdout.split() == [b"%d" % number]
+            time.sleep(0.05)
+            (place / "number").write_text(f"{number}\n\n")
+        shutil.rmtree(place)
+
+
+def test_a_container_like_none_before_is_made_as_well() -> None:
+    """The one that is made in advance is like the last; each of these is unlike it."""
+    for options in (
+        {},
+        {"masked_paths": False},
+        {},
+        {"namespaces": ("mnt", "pid", "user")},
+        {"network": "host"},
+    ):
+        for _ in range(2):
+            ended = Container("python", ["sh", "-c", "grep -c /proc/keys /proc/mounts"], **options).run()  # type: ignore[arg-type]
+            assert ended.stdout.strip() == (b"0" if "masked_paths" in options else b"1")
+            time.sleep(0.05)
