@@ -145,11 +145,16 @@ class Channel:
 
     def answer(self, timeout: float | None = None) -> Message:
         """The next message of the launcher; an error that it reports is raised here."""
-        message = self.message(timeout)
+        message, _ = self.answer_and_fds(timeout)
         assert isinstance(message, dict)
-        if "error" in message:
-            raise _with_note(message["error"], message.get("traceback", ""))
         return message
+
+    def answer_and_fds(self, timeout: float | None = None) -> tuple[Message | bytes, list[int]]:
+        """The next message of whoever it is, and its descriptors; an error of the launcher's is raised here."""
+        message, fds = self.message_and_fds(timeout)
+        if isinstance(message, dict) and "error" in message:
+            raise _with_note(message["error"], message.get("traceback", ""))
+        return message, fds
 
     def close(self) -> None:
         """Hang up."""

@@ -182,9 +182,6 @@ class Container:
             }  # fmt: skip
             self._channel = launcher.ask(request, fds)
         try:
-            started = self._channel.answer(children.STARTED_WITHIN)
-            self.pid = started["pid"]
-            self._cgroup = cgroup_at(started["cgroup"])
             self._until_ready()
         except BaseException:
             self._channel.close()
@@ -241,7 +238,11 @@ class Container:
             return self.kill()
 
     def kill(self) -> int:
-        """Kill every process of the container, and wait until all of it is removed; its exit status (137)."""
+        """Kill every process of the container, and wait until it is removed; its exit status (137).
+
+        Removed means: no process, no group, no name, no directory. What the program has written is out of sight, and
+        leaves the disk when the launcher has nothing else to do, or makes the next container.
+        """
         if self.pid and self._ended is None and self._channel:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
@@ -346,25 +347,32 @@ class Container:
         return f"Container({self.image!r}, {list(self.spec.process.command)!r}, name={self.name!r})"
 
     def _until_ready(self) -> None:
-        """Read the container's own messages until its program is about to run."""
+        """Read what the launcher and the container say, until we know its pid and its program is about to run."""
         assert self._channel
-        while True:
-            message, fds = self._channel.message_and_fds(children.STARTED_WITHIN)
+        ready, failure = False, b""
+        while not (ready and self.pid):
+            try:
+                message, fds = self._channel.answer_and_fds(children.STARTED_WITHIN)
+            except children.LauncherDied:
+                if not failure:
+                    raise
+                message = {"status": 125, "stats": None}
             if message == b"ready":
-                return
-            if message == b"tty":
+                ready = True
+            elif message == b"tty":
                 self.terminal = fds[0]
-            elif isinstance(message, dict):
-                if "error" in message:
-                    raise message["error"]
+            elif isinstance(message, bytes):
+                failure = message
+            elif "pid" in message:
+                self.pid, self._cgroup = message["pid"], cgroup_at(message["cgroup"])
+            elif not failure:
                 self._ended = message
                 raise ContainerError(
                     f"the container ended with status {message['status']} before its program ran"
                 )
-            elif message.startswith(b"failed "):
-                _, number, text = message.decode().split(" ", 2)
-                with contextlib.suppress(children.LauncherDied):
-                    self._ended = self._channel.answer(children.STARTED_WITHIN)
+            else:
+                self._ended = message
+                _, number, text = failure.decode().split(" ", 2)
                 if int(number) == errno.ENOSPC:
                     text += f": its files are below {state.home()} (LABKERNEL_HOME names another place)"
                 raise ContainerError(int(number), f"the container could not be made: {text}")

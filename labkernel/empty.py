@@ -18,14 +18,15 @@ from functools import cached_property
 from labkernel import walls
 from labkernel.linux import cgroups, mounts, namespaces, syscalls, users
 from labkernel.processes import end_now, fork
-from labkernel.spec import Ground, Order
+from labkernel.spec import Order, Spec
 
 
 @dataclass
 class Empty:
     """An empty container: whoever has it gives the order, or ends it."""
 
-    ground: Ground
+    like: Spec
+    """The container that it is like."""
     image: tuple[int, int]
     """Which directory its root stands on, by device and inode: another may come to have the same path."""
     pid: int
@@ -42,14 +43,11 @@ class Empty:
         """What it says when it has built its root: b"built" or b"failed"; nothing if it was killed before that."""
         return self.orders.recv(16)
 
-    def alive(self) -> bool:
-        """Whether it still waits: somebody may have killed it."""
-        return not select.select([self.pidfd], [], [], 0)[0]
-
-    def stands_on(self, ground: Ground) -> bool:
-        """Whether it is of use for a container of this ground."""
+    def fits(self, spec: Spec) -> bool:
+        """Whether it can become this container, and still waits: somebody may have killed it."""
         with contextlib.suppress(OSError):
-            return self.ground == ground and self.image == identity(ground.rootfs)
+            alike = self.like.ground == spec.ground and self.image == identity(spec.rootfs)
+            return alike and self.built == b"built" and not select.select([self.pidfd], [], [], 0)[0]
         return False
 
     def give(self, order: Order) -> None:
@@ -72,7 +70,7 @@ class Empty:
 
 
 def make(
-    ground: Ground,
+    like: Spec,
     directory: str,
     id_maps: tuple[users.IdMap, ...],
     parent: cgroups.CgroupParent | None,
@@ -94,22 +92,22 @@ def make(
             group.set(limits)  # before anybody is in it: a cpuset takes nobody until it is filled
             into, doors = group.into_fd, group.door_fds()
         # Opened here, since the child could not walk there itself: our directories are closed to its ids.
-        image = identity(ground.rootfs)
-        rootfs, writable = copied_mount(ground.rootfs), copied_mount(directory)
+        image = identity(like.rootfs)
+        rootfs, writable = copied_mount(like.rootfs), copied_mount(directory)
         for fd in (rootfs, writable, *doors, *([] if into is None else [into])):
             closing.callback(os.close, fd)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         undo.callback(ours.close)
         closing.callback(theirs.close)
-        flags = namespaces.flags(ground.namespaces - {"cgroup"})
-        pid, pidfd = fork(lambda: walls.put_up(theirs, doors, ground, rootfs, writable), flags, into)
+        flags = namespaces.flags(like.namespaces - {"cgroup"})
+        pid, pidfd = fork(lambda: walls.put_up(theirs, doors, like, rootfs, writable), flags, into)
         undo.callback(end_now, pid, pidfd)
-        if "user" in ground.namespaces:
+        if "user" in like.namespaces:
             users.write_maps(pid, id_maps)
         mount_namespace = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
         ours.send(b"mapped")
         undo.pop_all()
-    return Empty(ground, image, pid, pidfd, ours, mount_namespace, group, name)
+    return Empty(like, image, pid, pidfd, ours, mount_namespace, group, name)
 
 
 def lay_out(directory: str, owner: int) -> None:

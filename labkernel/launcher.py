@@ -24,7 +24,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NoReturn
 
 import cloudpickle
@@ -32,7 +32,7 @@ import cloudpickle
 from labkernel import cleanup, empty, state, walls
 from labkernel.linux import cgroups, mounts, namespaces, syscalls, users
 from labkernel.processes import end_now, fork, kill
-from labkernel.spec import Ground, Order, Process, Spec, Volume
+from labkernel.spec import Order, Process, Spec, Volume
 
 Message = dict[str, Any]
 
@@ -80,6 +80,7 @@ class Launcher:
             except OSError as error:
                 self.no_containers = error.strerror or str(error)
         self.parent, self.no_cgroup = _cgroup_parent()
+        self.key = state.ProcessKey.of(os.getpid())
         self.poll = select.epoll()
         self.children: dict[int, Child] = {}  # by pidfd, and by the channel's descriptor
         self.detached = False
@@ -87,8 +88,8 @@ class Launcher:
         self.spare: empty.Empty | None = None
         self.chores: list[Callable[[], None]] = []
         """What can wait until there is nothing else to do."""
-        self.ground: Ground | None = None
-        """What the last container stood on."""
+        self.last: Message = {}
+        """The last request for a container."""
         self.ended = str(state.ended(os.getpid()))
         self.poll.register(control, select.EPOLLIN)
         self.wakeup, signal_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -215,13 +216,8 @@ class Launcher:
         spec: Spec = request["spec"]
         if self.no_containers and "user" in spec.namespaces:
             raise PermissionError(errno.EPERM, self.no_containers)
-        record = {
-            "id": spec.id, "name": spec.name, "state": "created", "created": time.time(), "image": request["image"],
-            "command": list(spec.process.command), "launcher": asdict(state.ProcessKey.of(os.getpid())),
-            "publish": list(spec.publish), "remove": spec.remove, "network": spec.network,
-            "process": spec.process.as_record(), "namespaces": sorted(spec.namespaces),
-        }  # fmt: skip
-        limits = self._limits(spec)
+        self.last = request
+        record, limits = self._record(request), self._limits(spec)
         directory = str(spec.directory)
         with contextlib.ExitStack() as undo, contextlib.ExitStack() as closing:
             listeners = _listeners(spec, closing)
@@ -242,12 +238,13 @@ class Launcher:
                     state.write_record(made_in, record)
                     os.rename(made_in, directory)
             else:
+                self._sweep()
                 record["group"] = state.PREFIX + spec.id
                 with _explained_home(), _holding_containers():
                     os.mkdir(directory)
                     state.take_name(spec.name, spec.id)
                     state.write_record(directory, record)  # before anything that it names
-                vessel = self._make_empty(spec.ground, directory, record["group"], limits)
+                vessel = self._make_empty(spec, directory, record["group"], limits)
                 undo.callback(vessel.end)
                 record |= _running(vessel, limits)
                 with _explained_home():
@@ -260,12 +257,11 @@ class Launcher:
             if spec.network == "bridge":
                 self._network().attach(pid, spec.id, spec.name)
             with _explained_home():
-                order = _order(spec, self._id_maps(spec.ground), request["logged"], channel, fds, closing)
+                order = _order(spec, self._id_maps(spec), request["logged"], channel, fds, closing)
             killers = [lambda: kill(vessel.pidfd), *([lambda: _thaw(group)] if group else [])]
-            _send(channel, {"pid": pid, "cgroup": record["cgroup"]})
-            vessel.give(order)
+            vessel.give(order)  # before the asker is told anything: he would take the processor from it
             undo.pop_all()
-        self.ground = spec.ground
+        _send(channel, {"pid": pid, "cgroup": record["cgroup"]})
         self.detached = self.detached or spec.detach
         self._watch(
             Child(
@@ -325,19 +321,27 @@ class Launcher:
             )
         return cgroups.Limits() if missing else spec.limits
 
-    def _id_maps(self, ground: Ground) -> tuple[users.IdMap, ...]:
-        return users.container_map(self.id_maps) if "user" in ground.namespaces else ()
+    def _record(self, request: Message) -> Message:
+        """What is written down of a container before it is made."""
+        spec: Spec = request["spec"]
+        return {
+            "id": spec.id, "name": spec.name, "state": "created", "created": time.time(), "image": request["image"],
+            "command": list(spec.process.command), "launcher": asdict(self.key),
+            "publish": list(spec.publish), "remove": spec.remove, "network": spec.network,
+            "process": spec.process.as_record(), "namespaces": sorted(spec.namespaces),
+        }  # fmt: skip
 
-    def _make_empty(self, ground: Ground, directory: str, name: str, limits: cgroups.Limits) -> empty.Empty:
+    def _id_maps(self, spec: Spec) -> tuple[users.IdMap, ...]:
+        return users.container_map(self.id_maps) if "user" in spec.namespaces else ()
+
+    def _make_empty(self, like: Spec, directory: str, name: str, limits: cgroups.Limits) -> empty.Empty:
         with _explained_home():
-            return empty.make(ground, directory, self._id_maps(ground), self.parent, name, limits)
+            return empty.make(like, directory, self._id_maps(like), self.parent, name, limits)
 
     def _take_spare(self, spec: Spec) -> empty.Empty | None:
         """The empty container that was made in advance, where this one is like the last."""
         spare = self.spare
-        if spare is None or spec.limits.cpuset_cpus or not spare.stands_on(spec.ground):
-            return None
-        if spare.built != b"built" or not spare.alive():
+        if spare is None or spec.limits.cpuset_cpus or not spare.fits(spec):
             return None
         self.spare = None
         return spare
@@ -347,21 +351,33 @@ class Launcher:
 
         Not on a root file system of the reader's own: the reader may change it, and overlay forbids that beneath it.
         """
-        if self.spare and self.spare.alive() and self.ground and self.spare.stands_on(self.ground):
+        like: Spec = self.last["spec"]
+        if self.spare and self.spare.fits(like):
             return
         self._end_spare()
-        if self.ground is None or not self.ground.rootfs.startswith(f"{state.home()}/"):
+        if not like.rootfs.startswith(f"{state.home()}/"):
             return
         directory, name = str(state.spare(os.getpid())), state.PREFIX + secrets.token_hex(6)
         with contextlib.suppress(OSError), contextlib.ExitStack() as undo:
             undo.callback(cleanup.remove_tree, directory)
             os.mkdir(directory)
             state.write_group(directory, name)  # before it is made
-            spare = self._make_empty(self.ground, directory, name, cgroups.Limits())
+            spare = self._make_empty(like, directory, name, cgroups.Limits())
             undo.callback(spare.end)
             state.write_group(directory, f" {spare.pid}")
             undo.pop_all()
             self.spare = spare
+            self._rehearse(spare)
+
+    def _rehearse(self, spare: empty.Empty) -> None:
+        """Do what the next start will take: until we write to it, our memory is shared with those just made, and
+        to get a page of one's own takes longer than to use it."""
+        request: Message = pickle.loads(pickle.dumps(self.last))
+        spec: Spec = request["spec"]
+        with contextlib.ExitStack() as closing, _holding_containers():
+            _listeners(replace(spec, publish=()), closing)
+            json.dumps(self._record(request) | _running(spare, self._limits(spec)))
+            str(spec.directory)
 
     def _end_spare(self) -> None:
         if self.spare:

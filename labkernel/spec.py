@@ -130,18 +130,9 @@ class Spec:
         return state.containers() / self.id
 
     @property
-    def ground(self) -> Ground:
-        """What can be made before anybody asks for this container."""
-        return Ground(self.rootfs, self.namespaces, self.masked_paths)
-
-
-@dataclass(frozen=True)
-class Ground:
-    """What a container has in common with others like it."""
-
-    rootfs: str
-    namespaces: frozenset[str]
-    masked_paths: bool
+    def ground(self) -> tuple[str, frozenset[str], bool]:
+        """What is built before the order comes: containers that have it in common are alike."""
+        return self.rootfs, self.namespaces, self.masked_paths
 
 
 @dataclass(frozen=True)

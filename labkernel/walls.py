@@ -12,6 +12,7 @@ import fcntl
 import os
 import pickle
 import resource
+import select
 import signal
 import socket
 import struct
@@ -21,7 +22,7 @@ from typing import NoReturn
 from labkernel.linux import capabilities, mounts, network, seccomp, syscalls
 from labkernel.linux.namespaces import FLAGS
 from labkernel.linux.syscalls import MOUNT_ATTR_RDONLY, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG
-from labkernel.spec import Ground, Order, Process, Spec
+from labkernel.spec import Order, Process, Spec
 
 NEW_ROOT = "/tmp"
 """Where the new root is put together. Any directory of the host does: the mount hides it from this process alone."""
@@ -46,19 +47,17 @@ TIOCSPTLCK, TIOCGPTN = 0x40045431, 0x80045430
 """Unlock a pseudo-terminal, and ask for its number; <asm-generic/ioctls.h>, man 2 TIOCSPTLCK."""
 
 
-def put_up(
-    orders: socket.socket, doors: tuple[int, ...], ground: Ground, rootfs: int, writable: int
-) -> NoReturn:
+def put_up(orders: socket.socket, doors: tuple[int, ...], like: Spec, rootfs: int, writable: int) -> NoReturn:
     """Be the first process of a container: take our place, and be init to a second process, which becomes the program.
 
-    The second one builds what stands on the ground, and waits for the order: that comes at once, or when there is a
-    use for a container made in advance. So this one, which stays as long as the container, touches (and so copies)
-    hardly any of the launcher's memory.
+    The second one builds what is the same for all containers `like` this, and waits for the order: that comes at once,
+    or when there is a use for a container made in advance. So this one, which stays as long as the container, touches
+    (and so copies) hardly any of the launcher's memory.
     """
     keep_only((orders.fileno(), *doors, rootfs, writable))
     trouble = None
     try:
-        take_place(orders, ground.namespaces, doors)
+        take_place(orders, like.namespaces, doors)
     except Exception as error:
         trouble = error  # told when there is somebody to tell it to
     second = os.fork()
@@ -66,10 +65,11 @@ def put_up(
         try:
             if trouble:
                 raise trouble
-            build(ground, rootfs, writable)
+            build(like, rootfs, writable)
         except Exception as error:
             trouble = error
         orders.send(b"failed" if trouble else b"built")
+        rehearse(orders, like)
         order = receive(orders)
         try:
             if trouble:
@@ -102,6 +102,12 @@ def take_place(orders: socket.socket, kinds: frozenset[str], doors: tuple[int, .
     mounts.set_propagation("/", "private")
 
 
+def rehearse(orders: socket.socket, like: Spec) -> None:
+    """While there is no order: do what it will take, so that the memory for it is ours then, and not the launcher's."""
+    if not select.select([orders], [], [], 0)[0]:
+        pickle.loads(pickle.dumps(like))
+
+
 def receive(orders: socket.socket) -> Order:
     """Wait for the order; without a launcher there will be none."""
     words, fds, _, _ = socket.recv_fds(orders, 16, MOST_DESCRIPTORS)
@@ -121,10 +127,10 @@ def read_spec(order: Order) -> Spec:
     return spec
 
 
-def build(ground: Ground, rootfs: int, writable: int) -> None:
+def build(like: Spec, rootfs: int, writable: int) -> None:
     """Fill the new mount namespace: a root of its own with nothing of the host in it."""
     root = NEW_ROOT
-    shared = set(FLAGS) - ground.namespaces
+    shared = set(FLAGS) - like.namespaces
     lower, layer = attach(rootfs, root), attach(writable, root)
     mounts.overlay(root, [lower], f"{layer}/upper", f"{layer}/work")
     mounts.proc(f"{root}/proc")
@@ -134,7 +140,7 @@ def build(ground: Ground, rootfs: int, writable: int) -> None:
     else:
         mounts.sysfs(f"{root}/sys")
     mounts.pivot_root_into(root)
-    if ground.masked_paths:
+    if like.masked_paths:
         for path in mounts.MASKED_PATHS:
             mounts.mask(path)
         for path in mounts.READONLY_PATHS:

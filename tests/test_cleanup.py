@@ -279,7 +279,8 @@ def test_the_container_that_is_made_in_advance_is_cleaned_up_too() -> None:
     assert_nothing_left(before)
 
 
-def test_the_container_that_is_made_in_advance_may_be_killed() -> None:
+@pytest.mark.parametrize("who", ["init", "second process"])
+def test_the_container_that_is_made_in_advance_may_be_killed(who: str) -> None:
     with Container("python", ["true"]) as first:
         first.wait(20)
     file = state.spare(children.launcher().process.pid) / "group"
@@ -288,7 +289,9 @@ def test_the_container_that_is_made_in_advance_may_be_killed() -> None:
         assert time.monotonic() < end
         time.sleep(0.005)
     pid = int(file.read_text().split()[1])
-    os.kill(pid, signal.SIGKILL)
+    while not (second := descendants(pid)):
+        assert time.monotonic() < end
+    os.kill(pid if who == "init" else second[0], signal.SIGKILL)
     while Path(f"/proc/{pid}").exists():  # the launcher reaps it
         assert time.monotonic() < end
         time.sleep(0.005)

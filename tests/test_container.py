@@ -866,6 +866,6 @@ def test_a_container_like_none_before_is_made_as_well() -> None:
         {"network": "host"},
     ):
         for _ in range(2):
-            ended = Container("python", ["sh", "-c", "grep -c /proc/keys /proc/mounts"], **options).run()  # type: ignore[arg-type]
+            ended = Container("python", ["sh", "-c", "grep -c /proc/keys /proc/mounts"], **options).run()
             assert ended.stdout.strip() == (b"0" if "masked_paths" in options else b"1")
             time.sleep(0.05)
