@@ -135,7 +135,9 @@ def write_record(directory: str | os.PathLike[str], record: Mapping[str, Any]) -
     path = f"{os.fspath(directory)}/{record['state']}.json"
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        os.write(fd, json.dumps(record).encode())
+        text = json.dumps(record).encode()
+        if os.write(fd, text) < len(text):  # the disk had room for the beginning
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     finally:
         os.close(fd)
 
