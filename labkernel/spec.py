@@ -23,6 +23,8 @@ MEMORY_MIN = 6 << 20
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 NAMESPACES = tuple(FLAGS)
 NETWORKS = ("none", "bridge", "host")
+DIGITS = re.compile(r"[0-9]{1,18}")
+"""A whole number as the kernel reads one: int() would also take "1_000", and digits of other scripts."""
 _UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
@@ -231,8 +233,8 @@ def pid_max() -> int:
 def _cpus(value: float | str) -> float:
     have = os.cpu_count() or 1
     try:
-        cpus = float(value)
-    except ValueError:
+        cpus = -1.0 if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
         cpus = -1.0
     if not 0.01 <= cpus <= have:
         raise BadOption(f"--cpus {value!r}: give cores from 0.01 to {have} (what this machine has)")
@@ -240,10 +242,8 @@ def _cpus(value: float | str) -> float:
 
 
 def _whole(value: int, option: str, low: int, high: int) -> int:
-    try:
-        number = int(str(value))
-    except ValueError:
-        number = low - 1
+    text = str(value).strip()
+    number = int(text) if DIGITS.fullmatch(text) else low - 1
     if not low <= number <= high:
         raise BadOption(f"{option} {value!r}: give a whole number from {low} to {high}")
     return number
@@ -252,7 +252,7 @@ def _whole(value: int, option: str, low: int, high: int) -> int:
 def _cpuset(text: str) -> str:
     have = os.cpu_count() or 1
     parts = [part.split("-") for part in str(text).split(",")]
-    good = all(len(p) in (1, 2) and all(n.isdigit() and int(n) < have for n in p) for p in parts)
+    good = all(len(p) in (1, 2) and all(DIGITS.fullmatch(n) and int(n) < have for n in p) for p in parts)
     if not good or any(int(p[0]) > int(p[-1]) for p in parts):
         raise BadOption(
             f'--cpuset-cpus {text!r}: give cores from 0 to {have - 1}, as in "0" or "0-1" or "0,2"'

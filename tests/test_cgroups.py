@@ -488,6 +488,16 @@ def test_what_is_written_is_what_the_kernel_says() -> None:
 
 
 @limits_are_there
+@pytest.mark.parametrize("nonsense", [{"cpus": -1}, {"cpu_weight": 0}, {"cpuset_cpus": "none"}, {"pids_limit": 0}])
+def test_a_limit_that_is_refused_while_it_runs_leaves_all_as_they_were(nonsense: dict[str, Any]) -> None:
+    with Container("python", ["sleep", "60"], memory="64M", cpus=0.5) as container:
+        before = container.cgroup.limits_written()
+        with pytest.raises(BadOption):
+            container.set_limits(memory="48M", **nonsense)
+        assert container.cgroup.limits_written() == before
+
+
+@limits_are_there
 def test_pressure_is_a_share() -> None:
     with Container("python", ["sleep", "60"]) as container:
         pressure = container.cgroup.pressure()
