@@ -15,6 +15,7 @@ lab.in_box(function, …)                     a function as root of a box of its
 lab.reasons(choices)                        the table of capabilities, kept and dropped, with reasons and sources
 lab.allows("cgroup:io")                     whether the machine allows what only some cells need
 lab.scratch()                               a directory on the disk for experiments
+lab.limit_files(cpus=0.5)                   which file a limit goes into, with both versions of cgroups
 lab.end()                                   the clean-up cell
 """
 
@@ -25,6 +26,7 @@ from labkernel.lab.calm import calmly
 from labkernel.lab.checks import check
 from labkernel.lab.fork import in_fork, waiting
 from labkernel.lab.group import group
+from labkernel.lab.limit_files import limit_files
 from labkernel.lab.look import look
 from labkernel.lab.notebook import allows, begin, end, requirements, show_source
 from labkernel.lab.quiz import predict
@@ -43,6 +45,7 @@ __all__ = [
     "in_box",
     "in_fork",
     "inside_outside",
+    "limit_files",
     "look",
     "predict",
     "reasons",

@@ -65,7 +65,7 @@ class CgroupV1(Cgroup):
         if limits.cpuset_cpus is not None:
             self._make_cpuset()
         written = []
-        for controller, name, text in self._settings(limits):
+        for controller, name, text in self.settings(limits):
             path = Path(self._directories[controller], name)
             cgroups.write(path, text)
             written.append((str(path), text))
@@ -148,7 +148,8 @@ class CgroupV1(Cgroup):
             cgroups.write(path, state)  # a FREEZING group is tried again by writing, not by waiting
             time.sleep(0.001)
 
-    def _settings(self, limits: Limits) -> list[tuple[str, str, str]]:
+    def settings(self, limits: Limits) -> list[tuple[str, str, str]]:
+        """What stands for `limits`: (controller, file, text), in the order in which it is to be written."""
         files: list[tuple[str, str, str]] = []
         memory = limits.memory
         if memory is not None:
