@@ -41,6 +41,10 @@ class Sample:
     seconds: float = 0.0
     """Since the recording began."""
     cpu_usec: int = 0
+    cpu_periods: int = 0
+    """Periods of the quota in which some process wanted to run; none where there is no quota."""
+    cpu_throttled_periods: int = 0
+    """Of these, the ones in which the quota was used up."""
     cpu_throttled_usec: int = 0
     """How long its processes were kept waiting because the quota was used up, summed over the cores."""
     memory_bytes: int = 0

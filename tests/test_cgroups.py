@@ -206,6 +206,8 @@ def share(container: Container, seconds: float) -> float:
 def assert_share(container: Container, cpus: float, seconds: float = 1.5) -> None:
     """A quota is held within a tenth. Only too little may be somebody else's doing, who wants the same core.
 
+    (So the container has a great weight besides: then it gets what its quota allows on a busy machine too.)
+
     (An emulated core also waits for a real one, and the kernel in the VM, which does not see that, takes the time
     for used; it is given back later.)
     """
@@ -221,7 +223,7 @@ def assert_share(container: Container, cpus: float, seconds: float = 1.5) -> Non
 @limits_are_there
 @pytest.mark.parametrize("cpus", [0.2, 0.5])
 def test_the_quota_holds_within_a_tenth(cpus: float) -> None:
-    with Container("python", BUSY, cpus=cpus) as container:
+    with Container("python", BUSY, cpus=cpus, cpu_weight=10_000) as container:
         assert_share(container, cpus)
         stats = container.stats()
         assert stats.cpu_throttled_periods > 0
@@ -232,13 +234,13 @@ def test_the_quota_holds_within_a_tenth(cpus: float) -> None:
 @limits_are_there
 def test_the_quota_holds_for_many_processes_together() -> None:
     program = "import os\nfor _ in range(3): os.fork()\nwhile True: pass"
-    with python(program, cpus=0.4) as container:
+    with python(program, cpus=0.4, cpu_weight=10_000) as container:
         assert_share(container, 0.4)
 
 
 @limits_are_there
 def test_the_quota_moves_while_it_runs() -> None:
-    with Container("python", BUSY, cpus=0.1) as container:
+    with Container("python", BUSY, cpus=0.1, cpu_weight=10_000) as container:
         assert_share(container, 0.1)
         container.set_limits(cpus=0.5)
         assert_share(container, 0.5)
@@ -488,7 +490,9 @@ def test_what_is_written_is_what_the_kernel_says() -> None:
 
 
 @limits_are_there
-@pytest.mark.parametrize("nonsense", [{"cpus": -1}, {"cpu_weight": 0}, {"cpuset_cpus": "none"}, {"pids_limit": 0}])
+@pytest.mark.parametrize(
+    "nonsense", [{"cpus": -1}, {"cpu_weight": 0}, {"cpuset_cpus": "none"}, {"pids_limit": 0}]
+)
 def test_a_limit_that_is_refused_while_it_runs_leaves_all_as_they_were(nonsense: dict[str, Any]) -> None:
     with Container("python", ["sleep", "60"], memory="64M", cpus=0.5) as container:
         before = container.cgroup.limits_written()

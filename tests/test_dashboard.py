@@ -12,11 +12,12 @@ import pytest
 
 from labkernel import monitor
 from labkernel.container import Container
+from labkernel.lab import figures
 from labkernel.lab.dashboard import Dashboard, View
 from labkernel.lab.replay import Replay
 from labkernel.lab.sparklines import picture
 from labkernel.monitor import Recording, Sample
-from tests.helpers import needs_limits, own_home
+from tests.helpers import emulated, needs_limits, own_home
 
 SOON = 60.0
 SLEEP = ("sleep", "600")
@@ -251,6 +252,91 @@ def test_recordings_of_different_length_are_played_side_by_side() -> None:
 def test_nothing_cannot_be_replayed() -> None:
     with pytest.raises(ValueError, match="no sample"):
         Replay(Recording("empty"))
+
+
+# ---------------------------------------------------------------------- one limit alone
+
+
+@pytest.mark.parametrize("only", ["cpu", "memory", "pids"])
+def test_one_limit_alone_has_its_slider_and_no_other(boards: list[Dashboard], only: str) -> None:
+    needs_limits("memory", "cpu", "pids")
+    with Container("python", SLEEP, memory="64M", cpus=0.5, pids_limit=20) as container:
+        board = Dashboard(container, only=only)
+        boards.append(board)
+        board._ipython_display_()
+        view = board.views[0]
+        sliders = {"memory": view.memory, "cpu": view.cpus, "pids": view.pids}
+        shown = [name for name, slider in sliders.items() if slider in view.widget.children]
+        assert shown == [only]
+        until(lambda: "aria-label" in view.plot.value)
+        label = re.findall('aria-label="([^"]*)"', view.plot.value)[0]
+        assert {"cpu": "CPU, cores", "memory": "memory, MiB", "pids": "processes"}[only] in label
+        assert label.count(";") == (only == "cpu")
+        assert ("nr_throttled" in label) == (only == "cpu")
+
+
+FOLLOWS_WITHIN = 0.5
+
+
+def shown_now(view: View) -> tuple[float, float, int]:
+    """What the moving picture says at this moment: cores used, the quota, periods that were throttled."""
+    used, quota = re.findall(r"CPU, cores ([0-9.]+) of ([0-9.]+);", view.plot.value)[0]
+    return float(used), float(quota), int(re.findall(r"nr_throttled ([0-9]+)", view.plot.value)[0])
+
+
+def moved(view: View, cpus: float) -> float:
+    """Move the slider; seconds until kernel and picture have followed: quota, use within a tenth, throttling."""
+    _, _, throttled_before = shown_now(view)
+    start = time.monotonic()
+    view.cpus.value = cpus
+    assert kernel_says(view.container)[1] == cpus  # the kernel has it as soon as the slider has been heard
+    while True:
+        used, quota, throttled = shown_now(view)
+        seconds = time.monotonic() - start
+        if (quota == cpus and abs(used - cpus) <= 0.1 * cpus and throttled > throttled_before) or seconds > 3:
+            return seconds
+        time.sleep(0.01)
+
+
+def test_quota_use_and_throttling_follow_the_slider_within_half_a_second(boards: list[Dashboard]) -> None:
+    """On a busy machine each of us may be late once: a move that was too slow is tried again. (Emulated: 1 s.)"""
+    needs_limits("cpu")
+    within = FOLLOWS_WITHIN * (2 if emulated() else 1)
+    with Container("python", SPIN, cpus=0.6, cpu_weight=10_000) as container:
+        board = Dashboard(container, only="cpu")
+        boards.append(board)
+        board._ipython_display_()
+        view = board.views[0]
+        until(lambda: "nr_throttled" in view.plot.value and shown_now(view)[2] > 5)
+        for cpus in (0.3, 0.5, 0.2):
+            took: list[float] = []
+            while not took or (took[-1] > within and len(took) < 6):
+                if took:
+                    view.cpus.value = 0.6
+                    time.sleep(1.0)
+                took.append(moved(view, cpus))
+            assert took[-1] <= within, took
+        board.stop()
+        samples = board.recordings[0].samples
+    assert list(dict.fromkeys(s.cpus_limit for s in samples))[:2] == [0.6, 0.3]
+    assert samples[-1].cpu_periods >= samples[-1].cpu_throttled_periods > 5
+
+
+def test_the_throttling_is_a_share_of_the_periods() -> None:
+    samples = [
+        Sample(0.0, cpus_limit=0.5),
+        Sample(0.4, cpus_limit=0.5, cpu_periods=4, cpu_throttled_periods=1, cpu_throttled_usec=50_000),
+        Sample(0.8, cpus_limit=0.5, cpu_periods=8, cpu_throttled_periods=5, cpu_throttled_usec=250_000),
+    ]
+    recording = Recording("box", samples)
+    assert figures.throttled_percent(recording, 0.1) == [0, 25, 100]
+    text = picture(recording, "cpu")
+    assert "nr_periods 8   nr_throttled 5   throttled_usec 250000" in text
+    assert "memory" not in text
+    axes = figures.recording_figure(recording, only="cpu").axes
+    assert [a.get_ylabel().split()[0] for a in axes] == ["CPU", "throttled"]
+    assert "CPU up to" in figures.describe(recording, only="cpu")
+    assert "memory" not in figures.describe(recording, only="cpu")
 
 
 # ---------------------------------------------------------------------- the picture alone

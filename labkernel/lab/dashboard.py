@@ -1,6 +1,7 @@
 """The dashboard: containers watched live, their limits on sliders.
 
-    board = Dashboard(container)
+    board = Dashboard(container)                 all that can be watched and moved
+    board = Dashboard(container, only="cpu")     one limit alone, and closer: also "memory", "pids"
     board
 
 It draws with what every front end of Jupyter has: a picture of lines as SVG text, made new some times a second. Where
@@ -30,7 +31,7 @@ from labkernel.linux.cgroups import CgroupUnavailable
 from labkernel.monitor import Monitor, Recording
 
 FPS = 10.0
-"""Frames and samples a second."""
+"""Frames and samples a second; twice as many where one limit alone is shown."""
 TEXT = f"[dashboard: {figures.CAPTION}]"
 """The same in every run, with the widget and with the figure: what is compared of a stored notebook."""
 EXEC_WITHIN = 20.0
@@ -47,10 +48,13 @@ class Dashboard:
 
     _shown: ClassVar[weakref.WeakSet[Dashboard]] = weakref.WeakSet()
 
-    def __init__(self, *containers: Container) -> None:
+    def __init__(self, *containers: Container, only: str | None = None) -> None:
         import ipywidgets  # type: ignore[import-untyped]
 
-        self.views = [View(container) for container in containers]
+        self.only = only
+        self.fps = 2 * FPS if only else FPS
+        self.text = f"[dashboard: {figures.CAPTIONS[only]}]" if only else TEXT
+        self.views = [View(container, only) for container in containers]
         self.widget = ipywidgets.HBox(
             [view.widget for view in self.views],
             layout=ipywidgets.Layout(flex_flow="row wrap", grid_gap="16px"),
@@ -82,8 +86,9 @@ class Dashboard:
         for view in self.views:
             view.close()
         if self._display:
-            figure = figures.as_output(figures.recording_figure(*self.recordings)) | {"text/plain": TEXT}
-            alt = figures.describe(*self.recordings)
+            drawn = figures.recording_figure(*self.recordings, only=self.only)
+            figure = figures.as_output(drawn) | {"text/plain": self.text}
+            alt = figures.describe(*self.recordings, only=self.only)
             self._display.update(figure, raw=True, metadata={"image/png": {"alt": alt}})
             self._display = None
 
@@ -92,7 +97,7 @@ class Dashboard:
         from IPython.display import display
 
         live = "application/vnd.jupyter.widget-view+json"
-        bundle = {live: self.widget._repr_mimebundle_()[live], "text/plain": TEXT}
+        bundle = {live: self.widget._repr_mimebundle_()[live], "text/plain": self.text}
         self._display = display(bundle, raw=True, display_id=True)  # type: ignore[no-untyped-call]
         if self._thread is None and not self._stopping.is_set():
             self._thread = threading.Thread(target=self._run, name="dashboard", daemon=True)
@@ -100,7 +105,7 @@ class Dashboard:
 
     def _run(self) -> None:
         """Draw some frames a second, until the last container has ended or somebody says stop."""
-        while not self._stopping.wait(1 / FPS):
+        while not self._stopping.wait(1 / self.fps):
             for view in self.views:
                 view.draw()
             self.cpu_seconds = time.thread_time()
@@ -123,12 +128,13 @@ class Dashboard:
 
 
 class View:
-    """One container of a dashboard: its picture, its processes, its sliders and buttons."""
+    """One container of a dashboard: its picture, its processes, its sliders and buttons; or one limit of it."""
 
-    def __init__(self, container: Container) -> None:
+    def __init__(self, container: Container, only: str | None = None) -> None:
         import ipywidgets
 
         self.container = container
+        self.only = only
         self.monitor: Monitor | None = None
         self.over = False
         self._processes_drawn = 0.0
@@ -178,10 +184,21 @@ class View:
         self.stop_button.on_click(lambda _: self._try(self._stop))
         self.save_button.on_click(lambda _: self._try(self._save))
         self.exec_button.on_click(lambda _: self._try(self._exec))
-        sliders = [self.memory, self.cpus, self.pids]
+        sliders = {"memory": self.memory, "cpu": self.cpus, "pids": self.pids}
         buttons = ipywidgets.HBox([self.start_button, self.pause_button, self.stop_button, self.save_button])
         run = ipywidgets.HBox([self.command, self.exec_button])
-        parts = [self.title, self.plot, *sliders, self.said, buttons, self.processes, run, self.answer]
+        parts = [
+            self.title,
+            self.plot,
+            *sliders.values(),
+            self.said,
+            buttons,
+            self.processes,
+            run,
+            self.answer,
+        ]
+        if only:
+            parts = [self.title, self.plot, sliders[only], self.said]
         self.widget = ipywidgets.VBox(parts, layout=ipywidgets.Layout(flex="1 1 420px", max_width="560px"))
         if container.pid is not None:
             self._watch()
@@ -195,9 +212,13 @@ class View:
     def draw(self) -> None:
         """Make the next frame."""
         recording = self.recording
-        self.plot.value = picture(recording)
+        self.plot.value = picture(recording, self.only)
         now = time.monotonic()
-        if self.monitor and (self.monitor.ended.is_set() or now - self._processes_drawn > 0.5):
+        if (
+            self.monitor
+            and not self.only
+            and (self.monitor.ended.is_set() or now - self._processes_drawn > 0.5)
+        ):
             self._processes_drawn = now
             self.processes.value = two_views(self.container)
         if self.monitor and self.monitor.ended.is_set() and not self.over:
@@ -208,13 +229,13 @@ class View:
         """Stop watching; the picture stays as it is."""
         if self.monitor:
             self.monitor.stop()
-            self.plot.value = picture(self.recording)
+            self.plot.value = picture(self.recording, self.only)
         self.over = True
         self._enable()
 
     def _watch(self) -> None:
         try:
-            self.monitor = Monitor(self.container, hz=FPS).start()
+            self.monitor = Monitor(self.container, hz=2 * FPS if self.only else FPS).start()
         except RuntimeError as error:  # it has ended already
             self.over = True
             self._say(str(error))

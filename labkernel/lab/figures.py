@@ -46,16 +46,30 @@ OVER = 0.4
 Table: TypeAlias = Mapping[str, list[Any]]
 """A recording's columns."""
 
+Draw: TypeAlias = Callable[["Axes", Recording, Table, Sequence[Recording]], None]
+"""Draws one plot of a recording; the others stand beside it."""
+
 CAPTION = "CPU, memory, processes, disk, network and pressure over time, with the limits drawn in"
+CAPTIONS = {
+    "cpu": "CPU over time, with the quota drawn in, and in how many of its periods it was used up",
+    "memory": "memory over time, with the limit drawn in",
+    "pids": "processes and threads over time, with the limit drawn in",
+}
+"""What a figure of one kind alone shows."""
 
 
-def recording_figure(*recordings: Recording) -> Figure:
-    """Draw what containers used over time, one column each, with their limits, throttling, OOM kills, refused forks."""
+def recording_figure(*recordings: Recording, only: str | None = None) -> Figure:
+    """Draw what containers used over time, one column each, with their limits, throttling, OOM kills, refused forks.
+
+    only: "cpu", "memory" or "pids" alone; with the CPU comes a plot of its throttling.
+    """
     from matplotlib.figure import Figure
 
-    panels = [_draw_cpu, _draw_memory, _draw_pids, _draw_io, _draw_network]
+    panels: list[Draw] = [_draw_cpu, _draw_memory, _draw_pids, _draw_io, _draw_network]
     if any(_waited(recording) for recording in recordings):
         panels.append(_draw_pressure)
+    if only:
+        panels = {"cpu": [_draw_cpu, _draw_throttling], "memory": [_draw_memory], "pids": [_draw_pids]}[only]
     figure = Figure(
         figsize=(7.5 if len(recordings) == 1 else 5.4 * len(recordings), 1.72 * len(panels)),
         dpi=100, layout="constrained",
@@ -99,9 +113,7 @@ def describe_memory(recording: Recording) -> str:
     )
 
 
-def _panel(
-    axes: Axes, draw: Callable[..., None], recording: Recording, beside: Sequence[Recording], ncols: int
-) -> None:
+def _panel(axes: Axes, draw: Draw, recording: Recording, beside: Sequence[Recording], ncols: int) -> None:
     """One plot of a recording, with its legend above it in so many columns."""
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
@@ -121,6 +133,26 @@ def _draw_cpu(axes: Axes, recording: Recording, table: Table, beside: Sequence[R
     axes.plot(seconds, used, color=BLUE, label=f"used, mean of {OVER:g} s")
     most = _highest(one.rate("cpu_usec", OVER) for one in beside) / 1e6
     _limit(axes, seconds, table["cpus_limit"], most, "quota", "{:g} cores")
+
+
+def _draw_throttling(axes: Axes, recording: Recording, table: Table, _: Sequence[Recording]) -> None:
+    axes.set_ylabel("throttled\n(% of periods)")
+    label = f"mean of {OVER:g} s"
+    if recording.samples:
+        last = recording.samples[-1]
+        label += f"; in the end: nr_throttled {last.cpu_throttled_periods} of nr_periods {last.cpu_periods}"
+        label += f", throttled_usec {last.cpu_throttled_usec}"
+    axes.plot(table["seconds"], throttled_percent(recording, OVER), color=BLUE, label=label)
+    axes.set_ylim(0, 105)
+
+
+def throttled_percent(recording: Recording, over: float) -> list[float]:
+    """Percent of the quota's periods in which it was used up, averaged over so many seconds before each sample."""
+    rates = (recording.rate(name, over) for name in ("cpu_throttled_periods", "cpu_periods"))
+    return [
+        100 * min(1.0, throttled / all_of_them) if all_of_them else 0.0
+        for throttled, all_of_them in zip(*rates, strict=True)
+    ]
 
 
 _KINDS = {"anonymous": "anon", "page cache": "file", "tmpfs": "shmem"}
@@ -238,29 +270,31 @@ def _named(axes: Axes) -> tuple[list[Any], list[str]]:
     return list(found.values()), list(found)
 
 
-def describe(*recordings: Recording) -> str:
+def describe(*recordings: Recording, only: str | None = None) -> str:
     """Say in words what the figure shows, for who cannot see it."""
-    return " ".join(_described(recording) for recording in recordings)
+    return " ".join(_described(recording, only) for recording in recordings)
 
 
-def _described(recording: Recording) -> str:
+def _described(recording: Recording, only: str | None) -> str:
     if len(recording.samples) < 2:
         return f"{recording.name}: nothing recorded yet."
     table, last = recording.columns(), recording.samples[-1]
     memory_limits = [None if size is None else size / MIB for size in table["memory_limit_bytes"]]
     throttled = len(recording.events("cpu_throttled_usec")) / (len(recording.samples) - 1)
-    parts = [
-        f"CPU up to {max(recording.rate('cpu_usec', over=1)) / 1e6:.2f} cores{_limited(table['cpus_limit'])}, "
+    parts = {
+        "cpu": f"CPU up to {max(recording.rate('cpu_usec', over=1)) / 1e6:.2f} cores{_limited(table['cpus_limit'])}, "
         f"throttled in {throttled:.0%} of the time",
-        f"memory up to {last.memory_peak_bytes / MIB:.0f} MiB{_limited(memory_limits)}, OOM kills: {last.oom_kills}",
-        f"up to {max(table['pids'])} processes and threads{_limited(table['pids_limit'])}, "
+        "memory": f"memory up to {last.memory_peak_bytes / MIB:.0f} MiB{_limited(memory_limits)}, "
+        f"OOM kills: {last.oom_kills}",
+        "pids": f"up to {max(table['pids'])} processes and threads{_limited(table['pids_limit'])}, "
         f"forks refused: {last.pids_max_events}",
-        f"{last.io_write_bytes / MIB:.1f} MiB written to disk",
-        f"{last.net_sent_bytes / MIB:.1f} MiB sent over its network",
-    ]
+        "io": f"{last.io_write_bytes / MIB:.1f} MiB written to disk",
+        "network": f"{last.net_sent_bytes / MIB:.1f} MiB sent over its network",
+    }
     if _waited(recording):
-        parts.append(f"pressure on the CPU up to {max(table['pressure_cpu']):.0f} %")
-    return f"{recording.name} over {last.seconds:.1f} s: {'; '.join(parts)}."
+        parts["pressure"] = f"pressure on the CPU up to {max(table['pressure_cpu']):.0f} %"
+    words = "; ".join(text for kind, text in parts.items() if not only or kind == only)
+    return f"{recording.name} over {last.seconds:.1f} s: {words}."
 
 
 def _limited(limits: Sequence[float | None]) -> str:

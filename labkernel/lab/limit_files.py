@@ -103,7 +103,11 @@ def limit_files(**options: Any) -> LimitTable:
     rows = []
     for field in limits.given():
         option = OPTIONS.get(field, field)
-        shown = ", ".join(f"{k} {v}" for k, v in options[option].items()) if field.endswith("bps") else options[option]
+        shown = (
+            ", ".join(f"{k} {v}" for k, v in options[option].items())
+            if field.endswith("bps")
+            else options[option]
+        )
         rows.append(
             LimitFiles(
                 f"{option} = {shown}",

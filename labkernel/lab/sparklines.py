@@ -14,6 +14,8 @@ from typing import Any
 from labkernel.lab import figures
 from labkernel.monitor import Recording, Sample
 
+OVER = 0.3
+"""Seconds over which CPU time is averaged, three periods of the quota: a moved slider is seen after half a second."""
 BEYOND = 16.0
 """A limit this many times higher than anything shown is named, not drawn."""
 WINDOW = 20.0
@@ -37,6 +39,7 @@ class Line:
 class Panel:
     """One of the plots that stand above each other."""
 
+    kind: str
     name: str
     now: str
     lines: Sequence[Line]
@@ -47,8 +50,8 @@ class Panel:
     """The height that the panel has at least, in its unit: what is nothing shall look like nothing."""
 
 
-def picture(recording: Recording) -> str:
-    """The last seconds of a recording as SVG."""
+def picture(recording: Recording, only: str | None = None) -> str:
+    """The last seconds of a recording as SVG. only: "cpu", "memory" or "pids", in more detail than among the others."""
     window, marks = _last_seconds(recording)
     if not window.samples:
         return "<i>nothing recorded yet</i>"
@@ -56,7 +59,9 @@ def picture(recording: Recording) -> str:
     end = window.samples[-1].seconds
     right = max(end, WINDOW)
     across = [LEFT + (WIDTH - LEFT) * (1 - (right - seconds) / WINDOW) for seconds in table["seconds"]]
-    panels = _panels(window, table, marks)
+    panels = [panel for panel in _panels(window, table, marks) if not only or panel.kind == only]
+    if only == "cpu":
+        panels.append(_throttling(window))
     height = len(panels) * (PANEL + GAP) + 14
     parts = [
         f'<svg viewBox="0 0 {WIDTH} {height}" width="100%" role="img" aria-label="{html.escape(_spoken(panels))}" '
@@ -92,7 +97,7 @@ def _last_seconds(recording: Recording) -> tuple[Recording, dict[str, list[bool]
 def _panels(window: Recording, table: dict[str, list[Any]], marks: dict[str, list[bool]]) -> list[Panel]:
     mib = figures.MIB
     last: Sample = window.samples[-1]
-    cores = [usec / 1e6 for usec in window.rate("cpu_usec", figures.OVER)]
+    cores = [usec / 1e6 for usec in window.rate("cpu_usec", OVER)]
     waiting = [rate > 0 for rate in window.rate("cpu_throttled_usec", 0.2)]
     rates = {
         column: [rate / mib for rate in window.rate(column)]
@@ -102,13 +107,15 @@ def _panels(window: Recording, table: dict[str, list[Any]], marks: dict[str, lis
     anon = [size / mib for size in table["memory_anon_bytes"]]
     memory_limits = [None if size is None else size / mib for size in table["memory_limit_bytes"]]
     pressure = [[s.pressure_cpu, s.pressure_memory, s.pressure_io] for s in window.samples]
+    read_write = f"{rates['io_read_bytes'][-1]:.1f} read, {rates['io_write_bytes'][-1]:.1f} written"
+    in_out = f"{rates['net_received_bytes'][-1]:.1f} in, {rates['net_sent_bytes'][-1]:.1f} out"
     return [
         Panel(
-            "CPU, cores", _now(cores[-1], last.cpus_limit, "{:.2f}"), [Line(cores)],
+            "cpu", "CPU, cores", _now(cores[-1], last.cpus_limit, "{:.2f}"), [Line(cores)],
             table["cpus_limit"], waiting, least=0.1,
         ),
         Panel(
-            "memory, MiB", _now(last.memory_bytes / mib, memory_limits[-1], "{:.0f}"),
+            "memory", "memory, MiB", _now(last.memory_bytes / mib, memory_limits[-1], "{:.0f}"),
             [
                 Line([size / mib for size in table["memory_bytes"]], "all"), Line(anon, "anonymous", **second),
                 Line([size / mib for size in table["memory_file_bytes"]], "page cache", figures.GREEN, "1 3"),
@@ -116,25 +123,38 @@ def _panels(window: Recording, table: dict[str, list[Any]], marks: dict[str, lis
             memory_limits, marked=marks["oom_kills"],
         ),
         Panel(
-            "processes", _now(last.pids, last.pids_limit, "{:.0f}"), [Line(table["pids"])],
+            "pids", "processes", _now(last.pids, last.pids_limit, "{:.0f}"), [Line(table["pids"])],
             table["pids_limit"], marked=marks["pids_max_events"],
         ),
         Panel(
-            "disk, MiB/s", f"{rates['io_read_bytes'][-1]:.1f} read, {rates['io_write_bytes'][-1]:.1f} written",
+            "io", "disk, MiB/s", read_write,
             [Line(rates["io_read_bytes"], "read"), Line(rates["io_write_bytes"], "written", **second)],
         ),
         Panel(
-            "network, MiB/s", f"{rates['net_received_bytes'][-1]:.1f} in, {rates['net_sent_bytes'][-1]:.1f} out",
+            "network", "network, MiB/s", in_out,
             [Line(rates["net_received_bytes"], "in"), Line(rates["net_sent_bytes"], "out", **second)],
         ),
         Panel(
-            "pressure, %", "cpu {:.0f}, memory {:.0f}, io {:.0f}".format(*pressure[-1]),
+            "pressure", "pressure, %", "cpu {:.0f}, memory {:.0f}, io {:.0f}".format(*pressure[-1]),
             [
                 Line([row[0] for row in pressure], "cpu"), Line([row[1] for row in pressure], "memory", **second),
                 Line([row[2] for row in pressure], "io", figures.GREEN, "1 3"),
             ], least=100.0,
         ),
     ]  # fmt: skip
+
+
+def _throttling(window: Recording) -> Panel:
+    """In how many of the quota's periods it was used up, with the counters as the kernel has them."""
+    last = window.samples[-1]
+    counters = {
+        "nr_periods": last.cpu_periods,
+        "nr_throttled": last.cpu_throttled_periods,
+        "throttled_usec": last.cpu_throttled_usec,
+    }
+    words = "   ".join(f"{name} {value}" for name, value in counters.items())
+    line = Line(figures.throttled_percent(window, OVER))
+    return Panel("cpu", "throttled, %", words, [line], least=100.0)
 
 
 def _now(value: float, limit: float | None, words: str) -> str:
