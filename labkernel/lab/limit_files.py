@@ -68,9 +68,9 @@ class LimitTable:
     def __iter__(self) -> Iterator[LimitFiles]:
         return iter(self.rows)
 
-    def names(self) -> set[str]:
-        """The names of all files, of both versions."""
-        return {name for row in self.rows for name, _ in (*row.version_2, *row.version_1)}
+    def names(self, version: int) -> set[str]:
+        """The names of the files of one version."""
+        return {name for row in self.rows for name, _ in (row.version_2 if version == 2 else row.version_1)}
 
     def __repr__(self) -> str:
         """As text, for a terminal and for whoever compares outputs: a line for each file."""
