@@ -237,7 +237,9 @@ def test_a_changed_limit_is_in_the_recording(limits: None) -> None:
 
 
 def test_throttling_is_recorded(limits: None) -> None:
-    container = python("import time\nwhile time.process_time() < 0.6: pass", cpus=0.3, cpu_weight=10_000).start()
+    container = python(
+        "import time\nwhile time.process_time() < 0.6: pass", cpus=0.3, cpu_weight=10_000
+    ).start()
     with Monitor(container, hz=20) as watching:
         assert container.wait(SOON) == 0
     last = watching.recording.samples[-1]

@@ -1,4 +1,4 @@
-"""The checks of notebook 15: a quota for a given share, weights for given parts, and who is throttled at this moment."""
+"""The checks of notebook 15: a quota for a given share, weights for given parts, and who is throttled just now."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def _judge_throttled(answer: Callable[..., Any], names: Sequence[str]) -> None:
     """Two are throttled; one was; one has a quota and does not use it up; one has none."""
     groups = {name: group(name) for name in sorted(names)}
     greedy, hungry, pardoned, modest, free = (groups[name] for name in names)
-    for made, quota in ((greedy, 30_000), (hungry, 15_000), (pardoned, 20_000), (modest, 60_000)):
+    for made, quota in ((greedy, 20_000), (hungry, 10_000), (pardoned, 15_000), (modest, 60_000)):
         made.set(Limits(cpu_weight=FIRST))
         _write_quota(made, quota, 100_000)
     for made in (greedy, hungry, pardoned, free):
@@ -130,6 +130,7 @@ def _judge_throttled(answer: Callable[..., Any], names: Sequence[str]) -> None:
     _busy(modest, pause=0.03)
     time.sleep(LOOK)
     _write_quota(pardoned, None, 100_000)
+    pardoned.set(Limits(cpu_weight=100))  # out of the others' way
     time.sleep(0.2)
     before = _throttled_periods(groups)
     said = answer(groups)
@@ -138,7 +139,9 @@ def _judge_throttled(answer: Callable[..., Any], names: Sequence[str]) -> None:
     time.sleep(0.3)
     after = _throttled_periods(groups)
     right = {name for name in groups if after[name] > before[name]} - {
-        name for name in groups if groups[name] is modest  # a stalled machine may charge it too much, once
+        name
+        for name in groups
+        if groups[name] is modest  # a stalled machine may charge it too much, once
     }
     if missing := right - set(said):
         raise NotYet(f"you say nothing of {len(missing)} that the kernel keeps waiting at this moment")
