@@ -201,6 +201,8 @@ def _work(cpu: int | None, pause: float) -> NoReturn:
         while True:
             if pause:
                 time.sleep(pause)
-                sum(range(100_000))  # some milliseconds of work
+                tired = time.process_time() + 0.005
+                while time.process_time() < tired:
+                    pass
     finally:
         os._exit(1)
