@@ -331,7 +331,7 @@ def test_the_throttling_is_a_share_of_the_periods() -> None:
     recording = Recording("box", samples)
     assert figures.throttled_percent(recording, 0.1) == [0, 25, 100]
     text = picture(recording, "cpu")
-    assert "nr_periods 8   nr_throttled 5   throttled_usec 250000" in text
+    assert "nr_periods 8, nr_throttled 5, throttled_usec 250000" in text
     assert "memory" not in text
     axes = figures.recording_figure(recording, only="cpu").axes
     assert [a.get_ylabel().split()[0] for a in axes] == ["CPU", "throttled"]

@@ -152,7 +152,7 @@ def _throttling(window: Recording) -> Panel:
         "nr_throttled": last.cpu_throttled_periods,
         "throttled_usec": last.cpu_throttled_usec,
     }
-    words = "   ".join(f"{name} {value}" for name, value in counters.items())
+    words = ", ".join(f"{name} {value}" for name, value in counters.items())
     line = Line(figures.throttled_percent(window, OVER))
     return Panel("cpu", "throttled, %", words, [line], least=100.0)
 
