@@ -68,8 +68,13 @@ def recording_figure(*recordings: Recording, only: str | None = None) -> Figure:
     panels: list[Draw] = [_draw_cpu, _draw_memory, _draw_pids, _draw_io, _draw_network]
     if any(_waited(recording) for recording in recordings):
         panels.append(_draw_pressure)
+    alone: dict[str, list[Draw]] = {
+        "cpu": [_draw_cpu, _draw_throttling],
+        "memory": [_draw_memory],
+        "pids": [_draw_pids],
+    }
     if only:
-        panels = {"cpu": [_draw_cpu, _draw_throttling], "memory": [_draw_memory], "pids": [_draw_pids]}[only]
+        panels = alone[only]
     figure = Figure(
         figsize=(7.5 if len(recordings) == 1 else 5.4 * len(recordings), 1.72 * len(panels)),
         dpi=100, layout="constrained",
