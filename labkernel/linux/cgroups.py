@@ -310,9 +310,8 @@ def read(path: str | Path) -> str:
         return ""
     text = b""
     try:
-        while piece := os.read(
-            fd, 65536
-        ):  # one read gives a page at most: the list of a big group has several
+        # One read gives a page at most: the list of a big group has several.
+        while piece := os.read(fd, 65536):
             text += piece
     except OSError:  # ENODEV: the group is gone between open and read
         return ""
