@@ -235,7 +235,10 @@ def _behind(program: bytes, command: list[str]) -> subprocess.CompletedProcess[s
         syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
         seccomp.install(program)
 
-    return subprocess.run(command, preexec_fn=enter, close_fds=False, capture_output=True, text=True)
+    plain = os.environ | {"NO_COLOR": "1"}  # of its traceback the last line is told
+    return subprocess.run(
+        command, env=plain, preexec_fn=enter, close_fds=False, capture_output=True, text=True
+    )
 
 
 def _allowed(program: bytes) -> set[str]:
