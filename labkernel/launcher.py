@@ -277,7 +277,10 @@ class Launcher:
 
         def child() -> NoReturn:
             walls.keep_only((channel.fileno(), go_read, *fds))
-            os.read(go_read, 1)
+            if not os.read(
+                go_read, 1
+            ):  # the launcher is gone, and whoever asked is told so by the channel's end
+                os._exit(walls.SET_UP_FAILED)
             _enter_and_run(record, process, channel, (fds[0], fds[1], fds[2]))
 
         try:

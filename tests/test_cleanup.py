@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import select
 import shutil
 import signal
 import subprocess
@@ -100,11 +101,17 @@ def client() -> Iterator[subprocess.Popen[str]]:
 
 
 def kill(pid: int | None) -> bool:
+    """Kill it, and wait until it is dead: on a busy machine that takes a moment, and only then is it cleaned up."""
+    if pid is None:
+        return False
     try:
-        os.kill(pid or 0, signal.SIGKILL) if pid else None
+        dying = os.pidfd_open(pid)
+        os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:
         return False
-    return pid is not None
+    with contextlib.closing(os.fdopen(dying)):
+        assert select.select([dying], [], [], 20)[0], f"{pid} does not die"
+    return True
 
 
 def killed(victim: str, process: subprocess.Popen[str], chance: random.Random) -> bool:
