@@ -91,16 +91,20 @@ def make(
             parent.create(name)
             group.set(limits)  # before anybody is in it: a cpuset takes nobody until it is filled
             into, doors = group.into_fd, group.door_fds()
+            for fd in (*doors, *([] if into is None else [into])):
+                closing.callback(os.close, fd)
         # Opened here, since the child could not walk there itself: our directories are closed to its ids.
         image = identity(like.rootfs)
-        rootfs, writable = copied_mount(like.rootfs), copied_mount(directory)
-        for fd in (rootfs, writable, *doors, *([] if into is None else [into])):
-            closing.callback(os.close, fd)
+        rootfs = copied_mount(like.rootfs)
+        closing.callback(os.close, rootfs)
+        writable = copied_mount(directory)
+        closing.callback(os.close, writable)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         undo.callback(ours.close)
         closing.callback(theirs.close)
         flags = namespaces.flags(like.namespaces - {"cgroup"})
         pid, pidfd = fork(lambda: walls.put_up(theirs, doors, like, rootfs, writable), flags, into)
+        undo.callback(os.close, pidfd)
         undo.callback(end_now, pid, pidfd)
         if "user" in like.namespaces:
             users.write_maps(pid, id_maps)

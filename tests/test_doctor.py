@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -283,3 +284,17 @@ def refusing(call: str, function: object) -> str | None:
     assert callable(function)
     value: str | None = function()
     return value
+
+
+def test_the_launcher_keeps_no_descriptors_of_what_was_tried() -> None:
+    """Its next container would stand on a directory of the doctor's, and that is gone by then: making one fails."""
+    doctor.examine()
+
+    def open_ones() -> int:
+        time.sleep(0.1)  # it does its chores when nobody asks for anything
+        return len(os.listdir(f"/proc/{children.launcher().process.pid}/fd"))
+
+    before = open_ones()
+    for _ in range(3):
+        doctor.examine()
+        assert open_ones() <= before
