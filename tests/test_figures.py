@@ -74,6 +74,14 @@ def test_limits_kills_refusals_and_waiting_are_named_and_drawn() -> None:
     assert heights(quota) == [0.5] * 10 + [0.25] * 10
 
 
+def test_on_a_slow_machine_matplotlib_says_nothing_in_the_cell(caplog: pytest.LogCaptureFixture) -> None:
+    """Its font manager warns, from a thread, when it takes longer than five seconds to list the fonts."""
+    from matplotlib import font_manager
+
+    font_manager._log.warning("Matplotlib is building the font cache; this may take a moment.")  # type: ignore[attr-defined]
+    assert not caplog.records
+
+
 def test_the_memory_alone_is_drawn_and_told() -> None:
     (axes,) = figures.memory_figure(recording()).axes
     named = [text.get_text() for text in axes.get_legend().get_texts()]  # type: ignore[union-attr]
