@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import os
 import re
 import runpy
@@ -106,9 +107,15 @@ def definitions(sources: tuple[str, ...], answer: str, given: Collection[str]) -
     return ast.unparse(ast.Module(kept, []))
 
 
+@functools.cache
+def lacking_here(notebook: Path) -> list[str]:
+    """What the machine lacks of what the notebook needs; asked once, since the doctor tries it all."""
+    return missing(read(notebook))
+
+
 def verdict(exercise: Exercise, answer: str) -> Verdict:
     """Give an answer as a reader would, in the notebook's own surroundings, and check it."""
-    if lacking := missing(read(exercise.notebook)):
+    if lacking := lacking_here(exercise.notebook):
         pytest.skip("; ".join(lacking))
     forget()
     given = GIVEN.get(exercise.name.partition(".")[0], {})
