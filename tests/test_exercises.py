@@ -113,8 +113,9 @@ def lacking_here(notebook: Path) -> list[str]:
     return missing(read(notebook))
 
 
+@functools.cache
 def verdict(exercise: Exercise, answer: str) -> Verdict:
-    """Give an answer as a reader would, in the notebook's own surroundings, and check it."""
+    """Give an answer as a reader would, in the notebook's own surroundings, and check it; each is tried once."""
     if lacking := lacking_here(exercise.notebook):
         pytest.skip("; ".join(lacking))
     forget()
