@@ -52,12 +52,14 @@ class Empty:
 
     def give(self, order: Order) -> None:
         """Let it become the container of this order, once it is sure to end with us. Raises ProcessLookupError."""
-        if not self.built:
-            raise ProcessLookupError(
-                errno.ESRCH, "the container's first process was killed before it was in its place"
-            )
-        socket.send_fds(self.orders, [b"order"], order.descriptors())
-        self.orders.close()
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            if self.built:
+                socket.send_fds(self.orders, [b"order"], order.descriptors())
+                self.orders.close()
+                return
+        raise ProcessLookupError(
+            errno.ESRCH, "the container's first process was killed before it had its order"
+        )
 
     def end(self) -> None:
         """Kill it, and remove its group."""
