@@ -190,7 +190,7 @@ def build(name: str, everything: bool, again: bool, as_json: bool) -> int:
     this machine's own programs. The others are recipes: the folders in rootfs-recipes, or one of your own, as in
     ./mine. Nothing is done where it is there and nothing has changed that it was built from.
     """
-    from labkernel.image.recipes import all_recipes
+    from labkernel.image.recipes import NotHere, all_recipes
 
     for number in (signal.SIGTERM, signal.SIGHUP):  # so that what is half built is removed
         signal.signal(number, lambda received, _: sys.exit(128 + received))
@@ -208,6 +208,8 @@ def build(name: str, everything: bool, again: bool, as_json: bool) -> int:
             continue
         try:
             rows.append(_built(recipe.name, again))
+        except NotHere as error:
+            click.echo(f"{recipe.name}: left out: {error.text}", err=True)
         except (RuntimeError, OSError, ValueError) as error:
             failed = _failed(_in_words(error))
         else:
@@ -230,6 +232,8 @@ def _built(name: str, again: bool) -> dict[str, Any]:
         else:
             try:
                 image = recipes.build(name, again=again, progress=progress)
+            except recipes.NotHere:
+                raise
             except recipes.BuildError as error:
                 _show_log(error.tail)
                 raise RuntimeError(error.text) from error

@@ -80,6 +80,10 @@ def prove(name: str, *, progress: Progress | None = None) -> None:
         raise ProofFailed(
             f"image {recipe.name}: its proof was still running after {PROVED_WITHIN:.0f} s"
         ) from None
+    except OSError as error:
+        raise ProofFailed(
+            f"image {recipe.name} is built, but not proved: {error.strerror or error}"
+        ) from error
     if done.returncode:
         said = (done.stderr or done.stdout).decode(errors="replace").strip() or "it said nothing"
         raise ProofFailed(f"image {recipe.name}: its proof ended with exit status {done.returncode}: {said}")

@@ -70,8 +70,15 @@ def table() -> list[Package]:
 
 
 def missing(group: str) -> list[Package]:
-    """Return the packages of a group that are not on this machine."""
-    return [package for package in table() if group in package.groups and not present(package)]
+    """Return the packages of a group that are not on this machine, and that its distribution has."""
+    return [p for p in table() if group in p.groups and not present(p) and (p.seen_by or offered(p.name))]
+
+
+def offered(name: str) -> bool:
+    """Tell whether apt knows a package (a distribution may lack it); where apt has no lists yet, it may."""
+    if shutil.which("apt-cache") is None or not any(Path("/var/lib/apt/lists").glob("*_Packages*")):
+        return True
+    return subprocess.run(["apt-cache", "show", name], capture_output=True).returncode == 0
 
 
 def present(package: Package) -> bool:

@@ -70,6 +70,10 @@ class BuildError(RuntimeError):
         return f"{self.text}\n{self.tail}".rstrip()
 
 
+class NotHere(BuildError):
+    """The distribution of this machine does not have what a recipe is made from: nothing that can be mended."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What a recipe.toml says, and where the build finds its things."""
@@ -253,18 +257,29 @@ def _installed(recipe: Recipe) -> dict[str, str]:
     try:
         lines = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
     except FileNotFoundError:
-        raise BuildError(
+        raise NotHere(
             f"recipe {recipe.name} is made from packages of Debian or Ubuntu, and there is no dpkg here; "
             "use the lab's virtual machine (vm/README.md)"
         ) from None
     rows = (line.split("\t") for line in lines)
     versions = {name: version for name, version, status in rows if status == "installed"}
     if missing := [name for name in recipe.needs if name not in versions]:
+        if unknown := [name for name in missing if not _offered(name)]:
+            raise NotHere(
+                f"recipe {recipe.name} is made from {' and '.join(unknown)}, which this distribution does not have"
+            )
         raise BuildError(
             f"recipe {recipe.name} needs packages that are not installed: sudo apt-get install "
             f"--no-install-recommends {' '.join(missing)} (or, for all recipes: make recipes)"
         )
     return versions
+
+
+def _offered(name: str) -> bool:
+    """Whether apt knows the package; where apt has no lists yet, it may be there."""
+    if not any(Path("/var/lib/apt/lists").glob("*_Packages*")):
+        return True
+    return subprocess.run(["apt-cache", "show", name], capture_output=True).returncode == 0
 
 
 def _stored(name: str, built_from: Mapping[str, Any]) -> Image | None:
@@ -448,7 +463,7 @@ def _builder(recipe: Recipe) -> Any:
     """The function `build` of the recipe's build.py."""
     file = recipe.folder / "build.py"
     sys.dont_write_bytecode = True  # the folder is the reader's
-    sys.path.insert(0, str(recipe.folder))
+    sys.path[:0] = [str(recipe.folder), str(recipe.folder.parent)]  # what recipes share lies beside them
     specification = importlib.util.spec_from_file_location("build", file)
     assert specification and specification.loader
     module = importlib.util.module_from_spec(specification)
