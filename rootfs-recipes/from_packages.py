@@ -7,9 +7,11 @@ Source: man 1 mmdebstrap; what makes a result differ from run to run: its sectio
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from labkernel.image import Progress
@@ -45,17 +47,19 @@ def install(
     cache = recipe.cache / "archives"
     cache.mkdir(exist_ok=True)
     paths = [f"path-exclude={pattern}" for pattern in excludes] + [f"path-include={one}" for one in includes]
-    recipe.run(
-        "mmdebstrap", "--mode=root", "--format=directory", f"--variant={variant}",
-        "--include=" + ",".join(packages),
-        '--aptopt=APT::Install-Recommends "false"', '--aptopt=Acquire::Languages "none"',
-        *(f"--dpkgopt={path}" for path in paths),
-        # What was downloaded once is not downloaded again.
-        "--skip=essential/unlink",
-        f'--setup-hook=mkdir -p "$1"/var/cache/apt/archives; cp -n {cache}/*.deb "$1"/var/cache/apt/archives/ || true',
-        f'--customize-hook=cp -u "$1"/var/cache/apt/archives/*.deb {cache}/',
-        "", root, *sources,
-    )  # fmt: skip
+    # What was downloaded once is not downloaded again; what apt would not download any more is not kept.
+    archives = '"$1"/var/cache/apt/archives'
+    bring = f"mkdir -p {archives}; cp {cache}/*.deb {archives}/ || true"
+    keep = f'APT_CONFIG="$MMDEBSTRAP_APT_CONFIG" apt-get -qq autoclean; rm -f {cache}/*; cp {archives}/*.deb {cache}/'
+    with _told(root, tell):
+        recipe.run(
+            "mmdebstrap", "--mode=root", "--format=directory", f"--variant={variant}",
+            "--include=" + ",".join(packages),
+            '--aptopt=APT::Install-Recommends "false"', '--aptopt=Acquire::Languages "none"',
+            *(f"--dpkgopt={path}" for path in paths),
+            "--skip=essential/unlink", f"--setup-hook={bring}", f"--customize-hook={keep}",
+            "", root, *sources,
+        )  # fmt: skip
     tell("tidy up", 0, 1)
     for pattern in TRACES:
         for path in root.glob(pattern):
@@ -63,6 +67,27 @@ def install(
     (root / "etc/hostname").write_text("localhost\n")
     (root / "etc/hosts").write_text("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n")
     return [OS_RELEASE, Path(__file__)]
+
+
+@contextlib.contextmanager
+def _told(root: Path, tell: Progress) -> Iterator[None]:
+    """While the block lasts, tell how many of the packages that were downloaded dpkg has configured, by its own log."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.5):
+            packages = len(list(root.glob("var/cache/apt/archives/*.deb")))
+            with contextlib.suppress(OSError):
+                log = (root / "var/log/dpkg.log").read_text(errors="replace")
+                tell("install packages", log.count(" status installed "), packages)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
 
 
 def _codename() -> str:
