@@ -19,6 +19,7 @@ from labkernel.image.recipes import BuildError, Recipe
 
 OS_RELEASE = Path("/etc/os-release")
 APT = Path("/etc/apt")
+MERGED_USR = Path("/usr/share/mmdebstrap/hooks/maybe-merged-usr")
 
 # Of this machine, of this run, or of no use without the packages' index: mmdebstrap copies or leaves them.
 TRACES = (
@@ -57,7 +58,8 @@ def install(
             "--include=" + ",".join(packages),
             '--aptopt=APT::Install-Recommends "false"', '--aptopt=Acquire::Languages "none"',
             *(f"--dpkgopt={path}" for path in paths),
-            "--skip=essential/unlink", f"--setup-hook={bring}", f"--customize-hook={keep}",
+            # /bin is a link to /usr/bin from the start: else a package that makes it one brings the whole of perl.
+            f"--hook-dir={MERGED_USR}", "--skip=essential/unlink", f"--setup-hook={bring}", f"--customize-hook={keep}",
             "", root, *sources,
         )  # fmt: skip
     tell("tidy up", 0, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from from_packages import install
@@ -21,15 +22,6 @@ EXCLUDES = {
     "/usr/share/i18n/*": "the sources of these",
     "/usr/lib/*-linux-gnu*/gconv/*": "encodings other than UTF-8",
     "/usr/share/zoneinfo/*": "time zones; the container has UTC",
-    "/lib/systemd/*": "services that nobody starts",
-    "/lib/udev/*": "devices that nobody plugs in",
-    "/usr/lib/python3*/lib2to3/*": "a converter from Python 2",
-    "/usr/lib/python3*/pydoc_data/*": "the text of help()",
-    "/usr/lib/python3*/distutils/*": "installs packages",
-    "/usr/lib/python3*/ensurepip/*": "installs packages",
-    "/usr/lib/python3*/idlelib/*": "windows",
-    "/usr/lib/python3*/tkinter/*": "windows",
-    "/usr/lib/python3*/turtle*": "windows",
 }
 """What dpkg leaves out, and why it can."""
 
@@ -37,9 +29,19 @@ INCLUDES = ("/usr/share/doc/*/copyright",)
 """The licences ask that they themselves be kept."""
 
 
+REMOVED = {
+    "usr/lib/python3*/lib2to3": "a converter from Python 2",
+    "usr/lib/python3*/pydoc_data": "the text of help()",
+    "usr/lib/python3*/distutils": "installs packages",
+    "usr/lib/python3*/test": "what is there of Python's own tests",
+    "usr/lib/python3*/turtle*": "windows",
+}
+"""What goes afterwards: left out by dpkg, it would be missed by the package's own script, which compiles each file."""
+
+
 def build(root: Path, recipe: Recipe, tell: Progress) -> list[Path]:
-    """Install."""
-    return install(
+    """Install, and remove what could not be left out."""
+    used = install(
         root,
         recipe,
         tell,
@@ -48,3 +50,7 @@ def build(root: Path, recipe: Recipe, tell: Progress) -> list[Path]:
         excludes=tuple(EXCLUDES),
         includes=INCLUDES,
     )
+    for pattern in REMOVED:
+        for path in root.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return used
