@@ -12,6 +12,7 @@ those of the image, for root and for an ordinary user alike.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import importlib.util
 import json
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import time
 import tomllib
+import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -176,12 +178,12 @@ _IN_WORDS = {str: "a text", list: "a list of texts", bool: "true or false"}
 
 
 def proof_command(recipe: Recipe) -> tuple[str, ...]:
-    """The proof; a word "@FILE" is what is in that file, of the recipe's folder or of the one above it."""
+    """The proof; a word "@FILE" is what that file holds, of the recipe's folder, the one above it, or FOLDER."""
 
     def content(word: str) -> str:
         if not word.startswith("@"):
             return word
-        places = [recipe.folder / word[1:], recipe.folder.parent / word[1:]]
+        places = [folder / word[1:] for folder in (recipe.folder, recipe.folder.parent, FOLDER)]
         for place in places:
             if place.is_file():
                 return place.read_text()
@@ -209,7 +211,8 @@ def _build(recipe: Recipe, again: bool, progress: Progress | None, above: tuple[
         raise BadRecipe(f"the recipes {' and '.join(above)} start from one another")
     bases = {}
     for name in recipe.starts_from:
-        base = find(f"{recipe.folder.parent}/{name}")
+        beside = recipe.folder.parent / name
+        base = find(str(beside) if beside.is_dir() else name)
         bases[name] = _build(base, False, progress, (*above, recipe.name)).digest
     built_from = _built_from(recipe, bases)
     directory = state.home() / "builds" / recipe.name
@@ -493,20 +496,22 @@ def _say(messages: int, message: Mapping[str, Any]) -> None:
 
 def _in_words(error: BaseException, recipe: Recipe) -> str:
     """What failed, in words; the traceback goes to the log where it is no failure that we know."""
-    if isinstance(error, BuildError):
-        return error.text
-    if isinstance(error, subprocess.CalledProcessError):
-        command = [error.cmd] if isinstance(error.cmd, str) else error.cmd
-        return _ended(command, error.returncode)
-    import errno
-    import traceback
-
+    free = shutil.disk_usage(recipe.work.parent).free
+    full = (
+        f"no space left on the disk of {state.home()} ({free >> 20} MB free): make room there, or set "
+        "LABKERNEL_HOME to a directory on another disk"
+    )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        free = shutil.disk_usage(recipe.work.parent).free
-        return (
-            f"no space left on the disk of {state.home()} ({free >> 20} MB free): make room there, or set "
-            "LABKERNEL_HOME to a directory on another disk"
-        )
+        return full
+    if isinstance(error, subprocess.CalledProcessError):
+        error = BuildError(_ended([error.cmd] if isinstance(error.cmd, str) else error.cmd, error.returncode))
+    if isinstance(error, BuildError):
+        # A program that has no room says so in the log, for which there is no room either.
+        return f"{error.text}; {full}" if free < NO_ROOM else error.text
     traceback.print_exception(error)
     sys.stderr.flush()
     return f"{type(error).__name__}: {error}"
+
+
+NO_ROOM = 1 << 20
+"""Bytes free on a disk that is full for all purposes."""

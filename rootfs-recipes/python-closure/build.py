@@ -14,7 +14,7 @@ from labkernel.image import Progress, elf
 from labkernel.image import python as pythons
 from labkernel.image.closure import OPENED_BY_LIBC, Closure, closure
 from labkernel.image.pack import pack
-from labkernel.image.recipes import BuildError, Recipe
+from labkernel.image.recipes import BuildError, Recipe, proof_command
 from labkernel.image.unpack import unpack
 
 PYTHON = "/usr/bin/python3"
@@ -54,11 +54,6 @@ def opened_by_name(executable: Path, recipe: Recipe) -> list[Path]:
         print("no strace here: libraries that are opened by name only are not looked for")
         return []
     trace = recipe.work / "trace"
-    program = (
-        recipe.folder.parent / "proof.py",
-        Path(pythons.__file__).parents[2] / "rootfs-recipes/proof.py",
-    )
-    script = next(path for path in program if path.is_file())
     command = [
         "strace",
         "-f",
@@ -72,7 +67,7 @@ def opened_by_name(executable: Path, recipe: Recipe) -> list[Path]:
         "-S",
         "-B",
     ]
-    done = subprocess.run([*command, str(script)], stdin=subprocess.DEVNULL)
+    done = subprocess.run([*command, *proof_command(recipe)[1:]], stdin=subprocess.DEVNULL)
     if done.returncode:
         raise BuildError(
             f"{executable} does not run the proof on this machine either (exit status {done.returncode})"
