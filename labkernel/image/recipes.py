@@ -35,7 +35,7 @@ from labkernel import children, state
 from labkernel.cleanup import remove_tree
 from labkernel.image import Progress
 from labkernel.image.pack import epoch, gzip_size, pack
-from labkernel.image.store import Image, keep, read_record, stamp, whole
+from labkernel.image.store import Image, keep, read_record, whole
 from labkernel.image.weigh import weigh
 from labkernel.linux import mounts, syscalls
 from labkernel.spec import parse_size
@@ -237,6 +237,12 @@ def _built_from(recipe: Recipe, bases: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
+def _digest_of_file(path: str | Path) -> str:
+    """By content and not by time, which a checkout changes: some of these images take ten minutes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
 def _digest_of_folder(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
@@ -291,7 +297,7 @@ def _stored(name: str, built_from: Mapping[str, Any]) -> Image | None:
     image = whole(name)
     if image and known.get("built_from") == built_from:
         with contextlib.suppress(OSError):
-            if all(stamp(path) == then for path, then in known.get("inputs", {}).items()):
+            if all(_digest_of_file(path) == then for path, then in known.get("inputs", {}).items()):
                 return image
     return None
 
@@ -453,8 +459,8 @@ def _make(recipe: Recipe, messages: int) -> dict[str, Any]:
         "files": len(weights),
         "zstd_bytes": tarball.stat().st_size,
         "gzip_bytes": gzip_size(tarball, progress=tell),
-        "inputs": {str(path): stamp(str(path)) for path in sorted(used or ())},
-        "runs": [name for name in _RUNS if any((root / d / name).is_file() for d in ("bin", "usr/bin"))],
+        "inputs": {str(path): _digest_of_file(path) for path in sorted(used or ())},
+        "runs": [name for name in _RUNS if any(os.path.lexists(root / d / name) for d in ("bin", "usr/bin"))],
     }
 
 
