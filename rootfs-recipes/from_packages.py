@@ -26,6 +26,8 @@ TRACES = (
     "etc/.pwd.lock", "etc/apt/sources.list", "etc/apt/sources.list.d/*", "etc/resolv.conf", "etc/*-",
     "var/cache/apt/*", "var/cache/debconf/*-old", "var/cache/ldconfig/*", "var/lib/apt/lists/*", "var/lib/dpkg/*-old",
     "var/log/*", "run/*", "tmp/*", "dev/*",
+    # Byte code of what installs Python packages: of the import or of the installation, whichever was first.
+    "usr/share/python3/**/__pycache__",
 )  # fmt: skip
 
 
