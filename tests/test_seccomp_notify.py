@@ -20,6 +20,8 @@ from pathlib import Path
 import pytest
 
 from labkernel import in_child
+from labkernel.lab.checks import run_answer
+from labkernel.lab.exercises import e19
 from labkernel.linux import seccomp, seccomp_notify, syscalls
 from labkernel.linux.seccomp import ALLOW, Profile, Rule
 from labkernel.linux.seccomp_notify import Trap, trace
@@ -215,3 +217,12 @@ def test_without_a_listener_there_is_no_such_call() -> None:
 
 def test_signals_are_named_in_a_trace() -> None:
     assert quietly(COMMANDS["a signal"]).exit_code == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("occasion", sorted(e19.OCCASIONS))
+def test_a_call_that_marks_a_day_of_exercise_19_3_is_missed_where_it_is_refused(occasion: str) -> None:
+    other = next(name for name in sorted(e19.OCCASIONS) if name != occasion)
+    calls = trace(e19._command(other)).calls | e19.ANY_DAY
+    program = seccomp.compile_profile(Profile((Rule(tuple(sorted(calls))),), seccomp.ERRNO | errno.EPERM))
+    assert run_answer(e19._behind, program, e19._command(other)).returncode == e19.DONE
+    assert run_answer(e19._behind, program, e19._command(occasion)).returncode != e19.DONE

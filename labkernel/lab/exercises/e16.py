@@ -83,13 +83,11 @@ def smallest(answer: Callable[[Callable[[], Any]], Any]) -> str:
     """A limit under which a program lives, and not much more than that."""
     with temporary() as place:
         path = _file(place, 32 * MIB)
-        size = random.randrange(10, 17) * MIB
-        for words, reads in (
-            ("a program that only computes", None),
-            ("a program that reads a file too", path),
-        ):
-            _judge_limit(answer, words, size, reads)
-            size = random.randrange(10, 17) * MIB
+        # One small and one large, so that no single number is near enough for both.
+        sizes = [random.randrange(8, 11) * MIB, random.randrange(24, 41) * MIB]
+        random.shuffle(sizes)
+        _judge_limit(answer, "a program that only computes", sizes[0], None)
+        _judge_limit(answer, "a program that reads a file too", sizes[1], path)
     return "both programs live under your limits, and would not with a quarter less."
 
 

@@ -180,13 +180,14 @@ OCCASIONS = {
     "priority": "os.getpriority(os.PRIO_PROCESS, 0)",
     "umask": "os.umask(0o22)",
     "session": "os.getsid(0)",
-    "times": "os.times()",
+    "group": "os.getpgid(0)",
     "yield": "os.sched_yield()",
     "uname": "os.uname()",
     "affinity": "os.sched_getaffinity(0)",
     "sync": "os.fsync(os.memfd_create('x'))",
     "pipe": "os.pipe2(0)",
 }
+"""Each with a call of its own, and which fails where that is refused (os.times() does not: glibc hides it)."""
 DONE = 7
 """The exit status that says that the program has done its day's work."""
 ANY_DAY = frozenset(
