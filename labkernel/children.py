@@ -25,6 +25,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import IO, Any, TypeVar
 
+from labkernel import state
+
 T = TypeVar("T")
 Message = dict[str, Any]
 
@@ -54,6 +56,7 @@ class Launcher:
     def __init__(self, join: int | None = None) -> None:
         self.join = join
         scope = _delegated_scope()
+        state.check_home()
         try:
             self._start(scope)
         except LauncherDied:

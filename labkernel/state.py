@@ -30,6 +30,17 @@ def home() -> Path:
     return Path(data) / "labkernel"
 
 
+def check_home() -> None:
+    """Make the lab's own directory where it is missing. Raises OSError in words where nothing can be kept there."""
+    try:
+        launchers().mkdir(parents=True, exist_ok=True)
+        if not os.access(launchers(), os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        words = f"the lab keeps its files below {home()}, and nothing can be written there: {error.strerror}"
+        raise OSError(error.errno, f"{words} (LABKERNEL_HOME names another place)") from None
+
+
 def containers() -> Path:
     """One directory a container: its record, its writable layer, its log."""
     return home() / "containers"

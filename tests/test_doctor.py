@@ -197,6 +197,18 @@ def test_a_machine_that_forbids_user_namespaces_gets_clear_words() -> None:
     assert all(row["ok"] or row["remedy"] for row in found.values())
 
 
+def test_without_a_directory_of_its_own_it_says_so(tmp_path: Path) -> None:
+    home = tmp_path / "file"
+    home.write_text("in the way")
+    done = subprocess.run(
+        [sys.executable, "-m", "labkernel", "doctor", "--json"],
+        env=os.environ | {"LABKERNEL_HOME": str(home)}, capture_output=True, text=True,
+    )  # fmt: skip
+    found = {row["name"]: row for row in json.loads(done.stdout)}
+    assert "Not a directory" in found["children"]["detail"]
+    assert str(home) in found["children"]["remedy"]
+
+
 def test_there_missing_says_why_in_one_line() -> None:
     script = "from labkernel.lab import doctor; print(doctor.missing(['userns', 'psi', 'namespace:pid'])[0])"
     _, out, errors = on_a_machine_that_forbids(script)

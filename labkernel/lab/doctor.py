@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from labkernel import children
+from labkernel import children, state
 from labkernel.container import Container
 from labkernel.lab import calm
 from labkernel.lab.group import group
@@ -128,6 +128,8 @@ def _with_containers(rootfs: Path, facts: dict[str, Any], userns: Finding) -> Fi
 def _nothing_can_be_tried(error: Exception) -> Iterator[Finding]:
     """Without children there is no more to try: for instance inside a container whose filter hides clone3."""
     remedy = "if this is inside a container, use the machine itself; else report this"
+    if isinstance(error, OSError) and "LABKERNEL_HOME" in str(error):
+        remedy = f"let LABKERNEL_HOME name a directory of yours; now it is {state.home()}"
     yield Finding("children", False, f"no child process can be started: {_words(error)}", remedy)
     for name in ("userns", "subuid", *NAMESPACES, *WITH_FILES):
         yield Finding(name, False, "cannot be tried without a child", "see children")

@@ -78,7 +78,9 @@ def end() -> None:
         if not any(left.values()):
             break
         time.sleep(0.05)
-        left = _left(started)
+        # What another launcher is just making looks like ours, but not for long: its groups get their processes.
+        again = _left(started)
+        left = {what: [name for name in names if name in again[what]] for what, names in left.items()}
     print("left behind by this notebook:")
     for what, names in left.items():
         print(f"  {what:<12} {', '.join(sorted(names)) or 'none'}")
