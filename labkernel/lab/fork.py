@@ -6,6 +6,7 @@ import os
 import pickle
 import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -103,6 +104,8 @@ def _do_and_wait(steps: tuple[Callable[[], object], ...], say: int) -> NoReturn:
         os.write(say, answer)
         os.close(say)
         while answer == DONE:
-            signal.pause()
+            time.sleep(
+                1
+            )  # a step may have set a handler, and pause() would sleep through a signal just before it
     finally:
         os._exit(1)
