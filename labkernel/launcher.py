@@ -583,6 +583,7 @@ def _user_namespace(id_maps: tuple[users.IdMap, ...]) -> Iterator[int]:
     """A descriptor of a user namespace with this map, made by a child that only lives until it is opened."""
 
     def wait() -> NoReturn:
+        walls.keep_only(())  # an asker's channel is to close when the launcher does
         while True:
             signal.sigwait({signal.SIGTERM})
 

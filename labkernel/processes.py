@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 from collections.abc import Callable
 from typing import NoReturn
@@ -18,6 +19,7 @@ def fork(child: Callable[[], NoReturn], flags: int = 0, into: int | None = None)
     It begins with all signals blocked, so that none finds it half made, and dies with the launcher.
     """
     before = syscalls.block_signals()
+    parent = os.pidfd_open(os.getpid())
     try:
         pid, pidfd = syscalls.clone3(flags, into)
         if pid:
@@ -26,11 +28,21 @@ def fork(child: Callable[[], NoReturn], flags: int = 0, into: int | None = None)
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
+            if _has_ended(parent):  # before we asked for the signal: none will come
+                os._exit(walls.SET_UP_FAILED)
+            os.close(parent)
             child()
         finally:
             os._exit(walls.SET_UP_FAILED)
     finally:
+        os.close(parent)
         syscalls.block_signals(before)
+
+
+def _has_ended(pidfd: int) -> bool:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def kill(pidfd: int) -> None:
