@@ -15,7 +15,7 @@ RIGHT = {
     "order": "sorted(files)",
     "time": "0",
     "owner": "0",
-    "mode": "0o755",
+    "mode": "0o755 if os.access(files[name], os.X_OK) else 0o644",
 }
 
 
@@ -39,6 +39,10 @@ WRONG: dict[str, list[str]] = {
         f"{OPEN}    return [m.name for m in members if m.name.startswith('/') or '..' in (m.name + m.linkname)]",
         f"{OPEN}    return [m.name for m in members if (m.name + m.linkname).startswith('/')"
         " or '..' in (m.name + '/' + m.linkname).split('/')]",
+        f"{OPEN}    def out(path, top=''):\n"
+        "        return path[:1] == '/' or posixpath.normpath(top + path)[:2] == '..'\n"
+        "    return [m.name for m in members if out(m.name) or (m.islnk() and out(m.linkname))\n"
+        "            or (m.issym() and m.linkname[:1] != '/' and out(m.linkname, posixpath.dirname(m.name) + './'))]",
         "def leads_out(tarball):\n    return ['../../etc/passwd']",
         "def leads_out(tarball):\n    return True",
         "def leads_out(tarball):\n    os._exit(0)",
@@ -51,6 +55,7 @@ WRONG: dict[str, list[str]] = {
         packed(order="sorted(files, key=lambda name: files[name].stat().st_mtime)[1:]"),
         packed(time="files[name].stat().st_mtime"),
         packed(mode="0o644"),
+        packed(mode="0o755"),
         packed(time="0; files = dict(files); files[name] = Path('/dev/null')"),
         'def pack_files(files, tarball):\n    tarball.write_bytes(gzip.compress(b"", mtime=0))',
         'def pack_files(files, tarball):\n    with tarfile.open(tarball, "w:gz") as tar:\n'

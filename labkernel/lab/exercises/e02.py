@@ -25,6 +25,7 @@ HONEST: tuple[tuple[str, bytes, str], ...] = (
     ("bin", tarfile.DIRTYPE, ""),
     ("bin/sh", tarfile.REGTYPE, ""),
     ("bin/..hidden", tarfile.REGTYPE, ""),
+    ("..data", tarfile.REGTYPE, ""),
     ("bin/ash", tarfile.SYMTYPE, "sh"),
     ("bin/sh2", tarfile.LNKTYPE, "bin/sh"),
     ("etc/mtab", tarfile.SYMTYPE, "../proc/self/mounts"),
@@ -33,15 +34,19 @@ HONEST: tuple[tuple[str, bytes, str], ...] = (
 )
 """Name, type and target of a link. An absolute target is looked up in the new root, and stays inside."""
 
-OUT: tuple[tuple[str, bytes, str], ...] = (
-    ("/NAME", tarfile.REGTYPE, ""),
-    ("../NAME", tarfile.REGTYPE, ""),
-    ("usr/../../NAME", tarfile.REGTYPE, ""),
-    ("usr/NAME", tarfile.SYMTYPE, "../../etc"),
-    ("NAME", tarfile.SYMTYPE, ".."),
-    ("var/NAME", tarfile.LNKTYPE, "../etc/shadow"),
-    ("var/NAME", tarfile.LNKTYPE, "/etc/shadow"),
+OUT: tuple[tuple[tuple[str, bytes, str], str], ...] = (
+    (("/NAME", tarfile.REGTYPE, ""), "a file with an absolute name"),
+    (("../NAME", tarfile.REGTYPE, ""), "a file whose name begins with .."),
+    (("usr/../../NAME", tarfile.REGTYPE, ""), "a file whose name climbs out further on"),
+    (
+        ("usr/NAME", tarfile.SYMTYPE, "../../etc"),
+        "a symbolic link that climbs further up than it lies deep",
+    ),
+    (("NAME", tarfile.SYMTYPE, ".."), "a symbolic link at the top of the archive, to .."),
+    (("var/NAME", tarfile.LNKTYPE, "../etc/shadow"), "a hard link to a path that climbs out"),
+    (("var/NAME", tarfile.LNKTYPE, "/etc/shadow"), "a hard link to an absolute path"),
 )
+"""An entry that leads out, and the verdict's words for it."""
 
 PROGRAMS = {"sh": (["-c", "exit 42"], 42), "ls": (["/"], 0), "grep": (["-q", "x", "/nothing"], 2)}
 """Programs that every machine has, what to call them with, and the exit code that shows that they have run."""
@@ -51,7 +56,7 @@ PROGRAMS = {"sh": (["-c", "exit 42"], 42), "ls": (["/"], 0), "grep": (["-q", "x"
 def leads_out(answer: Callable[[Path], Any]) -> str:
     """Each way out is tried in a tarball of its own, at a place and under a name that are drawn; one is honest."""
     with temporary() as place:
-        for number, hostile in enumerate((None, *OUT)):
+        for number, (hostile, words) in enumerate(((None, ""), *OUT)):
             name = secrets.token_hex(4)
             entries = list(HONEST)
             if hostile:
@@ -65,8 +70,7 @@ def leads_out(answer: Callable[[Path], Any]) -> str:
             if innocent := sorted(set(found) - {hostile[0] if hostile else ""}):
                 raise NotYet(f"an honest entry is accused: {innocent[0]}")
             if hostile and not found:
-                kind = {tarfile.SYMTYPE: "a symbolic link", tarfile.LNKTYPE: "a hard link"}
-                raise NotYet(f"{kind.get(hostile[1], 'a file')} that leads out is not found")
+                raise NotYet(f"one that leads out is not found: {words}")
     return f"of {len(OUT)} ways out each is found, and no honest entry is accused."
 
 
@@ -130,7 +134,7 @@ def _pack(answer: Callable[[dict[str, Path], Path], Any], files: dict[str, Path]
 
 
 def _holds(tarball: bytes, content: Mapping[str, bytes]) -> None:
-    """Whether the tarball is what was asked for: all files, nothing else, and programs can still be executed."""
+    """Whether the tarball is what was asked for: all files, nothing else, and the programs among them are programs."""
     if tarball[:2] != b"\x1f\x8b":
         raise NotYet("the tarball is not compressed by gzip")
     try:
@@ -146,8 +150,11 @@ def _holds(tarball: bytes, content: Mapping[str, bytes]) -> None:
                      f"{len(found.keys() & content.keys())}; {len(content)} were given")  # fmt: skip
     if found != content:
         raise NotYet("the files in the tarball have another content")
-    if not all(members[name].mode & 0o111 for name in content if name.startswith("bin/")):
-        raise NotYet("a file that can be executed no longer can, once unpacked")
+    for name, member in members.items():
+        program = name.startswith("bin/")
+        if bool(member.mode & 0o111) != program:
+            words = ("a file that can be executed no longer can", "a file that could not be executed can be")
+            raise NotYet(f"{words[not program]}, once unpacked")
 
 
 def _difference(first: bytes, second: bytes) -> str:
