@@ -31,12 +31,15 @@ WRONG: dict[str, list[str]] = {
         f"def why(status, box):\n    if {COUNTED}:\n        return 'out of memory'\n"
         "    return 'killed' if os.WIFSIGNALED(status) else 'ended'",
         "def why(status, box):\n    if not os.WIFSIGNALED(status):\n        return 'ended'\n"
+        f"    return 'out of memory' if {COUNTED} else 'killed'",
+        "def why(status, box):\n    if not os.WIFSIGNALED(status):\n        return 'ended'\n"
         "    return 'out of memory' if box.stats().memory_peak_bytes > 30 * MIB else 'killed'",
         f"def why(status, box):\n    if os.waitstatus_to_exitcode(status) == 137:\n        return 'killed'\n"
         f"    if not os.WIFSIGNALED(status):\n        return 'ended'\n"
         f"    return 'out of memory' if {COUNTED} else 'killed'",
     ],
     "16.3": [
+        "def smallest(program):\n    return 16",
         "def smallest(program):\n    return None",
         "def smallest(program):\n    return 64 * MIB",
         "def smallest(program):\n    return 14 * MIB",
