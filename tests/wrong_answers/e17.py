@@ -10,6 +10,8 @@ WRONG: dict[str, list[str]] = {
         SET.format("memory=64 << 20"),
         SET.format("pids=200, memory=64 << 20"),
         SET.format("pids=1, memory=64 << 20"),
+        SET.format("pids=19, memory=64 << 20"),
+        SET.format("pids=20, memory=64_000_000"),
         SET.format("pids=20, memory=64 << 30"),
         SET.format("pids=20, memory=64"),
         SET.format("pids=20, memory=64 << 20, cpus=0.5"),
@@ -21,6 +23,9 @@ WRONG: dict[str, list[str]] = {
     "17.2": [
         "def picture(group, parts):\n    return [1, 2, 3]",
         "def picture(group, parts):\n    return None",
+        "def picture(group, parts):\n    found = []\n    for part in parts:\n        freeze(group)\n        try:\n"
+        "            found.append(part())\n        finally:\n            freeze(group, False)\n"
+        "        time.sleep(0.02)\n    return found",
         "def picture(group, parts):\n    freeze(group)\n    return [part() for part in parts]",
         "def picture(group, parts):\n    freeze(group)\n    freeze(group, False)\n"
         "    return [part() for part in parts]",
@@ -41,6 +46,9 @@ WRONG: dict[str, list[str]] = {
         "def kill_all(pid):\n    where = cgroups.directory_of(pid, 'freezer') / 'cgroup.procs'\n"
         "    numbers = where.read_text().split()\n    time.sleep(0.5)\n    for one in numbers:\n"
         "        if one in where.read_text().split():\n            os.kill(int(one), signal.SIGKILL)",
+        "def kill_all(pid):\n    where = cgroups.directory_of(pid, 'freezer') / 'cgroup.procs'\n"
+        "    for one in where.read_text().split():\n        with contextlib.suppress(ProcessLookupError):\n"
+        "            os.kill(int(one), signal.SIGKILL)",
         "def kill_all(pid):\n    where = cgroups.directory_of(pid, 'freezer') / 'cgroup.procs'\n"
         "    for one in where.read_text().split():\n        os.kill(int(one), signal.SIGTERM)",
     ],

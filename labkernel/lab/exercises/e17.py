@@ -6,6 +6,7 @@ What is lit here is lit inside limits only: they are read back from the kernel, 
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import mmap
 import os
@@ -50,13 +51,15 @@ def contain(answer: Callable[[Cgroup], Any]) -> str:
 def picture(answer: Callable[[Cgroup, list[Callable[[], int]]], Any]) -> str:
     """All parts are asked while the group is frozen, and it is thawed whatever happens."""
     for fails in (False, True):
-        said, asked, runs = run_answer(_pictured, answer, fails)
+        said, asked, one_moment, runs = run_answer(_pictured, answer, fails)
         if not asked:
             raise NotYet("none of the parts was asked")
         if not all(frozen for _, frozen in asked):
             raise NotYet(
                 "the group was running while you asked, and its numbers changed between two questions"
             )
+        if not one_moment:
+            raise NotYet("the group stood still at each question, and ran on between two of them")
         if not runs:
             when = "when a part has raised an exception, " if fails else ""
             raise NotYet(f"{when}the group stands still for ever afterwards")
@@ -125,12 +128,12 @@ def _judge_limits(made: Cgroup) -> None:
     pids, memory = found["processes"], found["memory"]
     if pids is None:
         raise NotYet("nothing keeps the program from forking, so it is not started")
-    if not 2 <= pids <= PIDS:
+    if pids != PIDS:
         raise NotYet(f"{pids} is not the number of processes that it is to have")
     if memory is None:
         raise NotYet("nothing keeps the program from taking memory, so it is not started")
-    if not 8 * MIB <= memory <= MEMORY:
-        raise NotYet(f"{memory} is not the memory in bytes that it is to have")
+    if memory != MEMORY:
+        raise NotYet(f"{memory} bytes is not the memory that it is to have; 1 MiB is 1024 times 1024 bytes")
     more = [
         name for name, value in found.items() if value is not None and name not in ("processes", "memory")
     ]
@@ -181,17 +184,20 @@ def _lit_inside(answer: Callable[[Cgroup], Any]) -> tuple[int, bool, bool]:
 
 def _pictured(
     answer: Callable[[Cgroup, list[Callable[[], int]]], Any], fails: bool
-) -> tuple[Any, list[tuple[int, bool]], bool]:
-    """What is returned, what each part said and whether the group stood still then, and whether it runs afterwards."""
+) -> tuple[Any, list[tuple[int, bool]], bool, bool]:
+    """What is returned; what each part said, and whether the group stood still then; whether it did in between;
+    and whether it runs afterwards."""
     made = group("counting")
-    memory = [mmap.mmap(-1, 8) for _ in range(3)]
+    memory = [mmap.mmap(-1, 8) for _ in range(5)]
     pids = [_counting(made, own) for own in memory]
     asked: list[tuple[int, bool]] = []
+    pictures = set()  # what all of them had counted at each question
     failing = random.randrange(len(memory)) if fails else None
 
     def part(number: int) -> int:
         value = int.from_bytes(memory[number][:8])
         asked.append((value, made.frozen()))
+        pictures.add(tuple(bytes(own[:8]) for own in memory))
         if number == failing:
             raise RuntimeError("this part does not answer")
         return value
@@ -204,10 +210,10 @@ def _pictured(
     end = time.monotonic() + (0.5 if made.frozen() else PATIENCE)
     while any(bytes(own[:8]) == old for own, old in zip(memory, before, strict=True)):
         if time.monotonic() > end:
-            return said, asked, False
+            return said, asked, len(pictures) == 1, False
         time.sleep(0.005)
     assert len(pids) == len(made.pids())
-    return said, asked, True
+    return said, asked, len(pictures) == 1, True
 
 
 def _counting(made: Cgroup, memory: mmap.mmap) -> int:
@@ -251,6 +257,22 @@ def _mother(made: Cgroup, runners: int) -> NoReturn:
         time.sleep(0.02)
 
 
+def _make_kill_slow(made: Cgroup, others: list[int]) -> None:
+    """Let os.kill in this process wait first, as it may on a busy machine: no loop of kills is just lucky.
+
+    A number that is nobody's by then may soon be somebody else's, so it goes to those of this exercise only.
+    """
+    kill = os.kill
+
+    def slow(pid: int, number: int) -> None:
+        time.sleep(0.05)
+        if pid > 0 and pid not in {*made.pids(), *others, os.getpid()}:
+            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+        kill(pid, number)
+
+    os.kill = slow
+
+
 def _hunted(answer: Callable[[int], Any]) -> tuple[bool, bool, bool]:
     """Whether anybody is left in the group, whether the first process lives, whether those beside it do."""
     made, beside = group("hunted"), group("beside")
@@ -266,6 +288,7 @@ def _hunted(answer: Callable[[int], Any]) -> tuple[bool, bool, bool]:
     children = Path(f"/proc/{pid}/task/{pid}/children")
     while (len(made.pids()) < 6 or children.read_text()) and time.monotonic() < end:
         time.sleep(0.005)
+    _make_kill_slow(made, others)
     answer(pid)
     end = time.monotonic() + 2.0
     while made.pids() and time.monotonic() < end:
