@@ -60,6 +60,22 @@ def test_a_rate_for_a_disk(tmp_path: Path) -> None:
     assert read.version_1[0][0] in UNITS
 
 
+def test_a_rate_for_any_disk() -> None:
+    pids, read, write = limit_files(
+        pids_limit=20, device_read_bps={"DISK": "1M"}, device_write_bps={"DISK": "2M"}
+    )
+    assert (read.option, pids.option) == ("device_read_bps = DISK 1M", "pids_limit = 20")
+    assert read.version_2 == [("io.max", "DISK rbps=1048576")]
+    assert write.version_1 == [("blkio.throttle.write_bps_device", "DISK 2097152")]
+    with pytest.raises(BadOption, match="--device-read-bps"):
+        limit_files(device_read_bps={"DISK": "fast"})
+
+
+def test_as_text_the_arrows_stand_below_each_other() -> None:
+    lines = [line for line in repr(limit_files(**EVERYTHING)).splitlines() if "←" in line]
+    assert len({line.index("←") for line in lines}) == 1
+
+
 def test_every_limit_is_in_the_table_and_every_file_has_a_unit() -> None:
     fields = spec.make_limits(**EVERYTHING).given()  # type: ignore[arg-type]
     assert fields.keys() | {"read_bps", "write_bps"} == CONTROLLERS.keys()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from labkernel import spec
@@ -47,6 +47,9 @@ OPTIONS = {
 NEEDS = {"memory_swap": "memory"}
 """A field that cannot be written without another one."""
 
+ANY_DISK = "DISK"
+"""What may stand for a disk: in the table, its number then stands as this word, the same on every machine."""
+
 Files = list[tuple[str, str]]
 
 
@@ -75,12 +78,14 @@ class LimitTable:
     def __repr__(self) -> str:
         """As text, for a terminal and for whoever compares outputs: a line for each file."""
         lines = []
+        files = [file for row in self.rows for file in (*row.version_2, *row.version_1)]
+        wide, long = (max((len(file[part]) for file in files), default=0) for part in (0, 1))
         for row in self.rows:
             lines.append(row.option)
             for version, files in ((2, row.version_2), (1, row.version_1)):
                 for number, (name, text) in enumerate(files):
                     words = f"version {version}" if number == 0 else ""
-                    lines.append(f"  {words:<11}{name:<20} ← {text:<14}  {UNITS[name]}".rstrip())
+                    lines.append(f"  {words:<11}{name:<{wide}} ← {text:<{long}}  {UNITS[name]}".rstrip())
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -98,8 +103,11 @@ class LimitTable:
 
 
 def limit_files(**options: Any) -> LimitTable:
-    """Show what is written for these limits, which are named as the options of `Container`. Raises BadOption."""
-    limits = spec.make_limits(**options)
+    """Show what is written for these limits, which are named as the options of `Container`. Raises BadOption.
+
+    For limits of a disk, {"DISK": "1M"} shows them for any.
+    """
+    limits = _limits(options)
     rows = []
     for field in limits.given():
         option = OPTIONS.get(field, field)
@@ -116,6 +124,17 @@ def limit_files(**options: Any) -> LimitTable:
             )
         )
     return LimitTable(tuple(rows))
+
+
+def _limits(options: dict[str, Any]) -> Limits:
+    """The limits in the kernel's units; a rate of any disk is only read, since there is no such disk to look for."""
+    rates: dict[str, Any] = {
+        field: {ANY_DISK: spec.parse_size(options[option][ANY_DISK], f"--{option.replace('_', '-')}", 1)}
+        for field, option in OPTIONS.items()
+        if field.endswith("bps") and ANY_DISK in options.get(option, {})
+    }
+    shown = {OPTIONS[field] for field in rates}
+    return replace(spec.make_limits(**{o: value for o, value in options.items() if o not in shown}), **rates)
 
 
 def _files(settings: Callable[[Limits], Iterable[tuple[str, str]]], limits: Limits, field: str) -> Files:
