@@ -285,10 +285,9 @@ def _described(recording: Recording, only: str | None) -> str:
         return f"{recording.name}: nothing recorded yet."
     table, last = recording.columns(), recording.samples[-1]
     memory_limits = [None if size is None else size / MIB for size in table["memory_limit_bytes"]]
-    throttled = len(recording.events("cpu_throttled_usec")) / (len(recording.samples) - 1)
     parts = {
-        "cpu": f"CPU up to {max(recording.rate('cpu_usec', over=1)) / 1e6:.2f} cores{_limited(table['cpus_limit'])}, "
-        f"throttled in {throttled:.0%} of the time",
+        "cpu": f"CPU up to {max(recording.rate('cpu_usec', OVER)) / 1e6:.2f} cores{_limited(table['cpus_limit'])}, "
+        f"throttled in {last.cpu_throttled_periods} of {last.cpu_periods} periods",
         "memory": f"memory up to {last.memory_peak_bytes / MIB:.0f} MiB{_limited(memory_limits)}, "
         f"OOM kills: {last.oom_kills}",
         "pids": f"up to {max(table['pids'])} processes and threads{_limited(table['pids_limit'])}, "
