@@ -39,6 +39,10 @@ run: setup ## all notebooks without a screen: pages, figures and a report in bui
 	@.venv/bin/labkernel build
 	@.venv/bin/python scripts/run_notebooks.py $(NOTEBOOKS)
 
+recipes: setup ## every root file system of rootfs-recipes, built and proved; once, then they are cached
+	@.venv/bin/python scripts/system_packages.py recipes
+	@.venv/bin/labkernel build --all
+
 test: setup ## every test, and every notebook against its stored outputs
 	@.venv/bin/python scripts/system_packages.py test
 	@mkdir -p build
@@ -69,6 +73,7 @@ lint: setup ## the source, in the notebooks too: style, types, shell scripts
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 	.venv/bin/python scripts/type_check_notebooks.py
+	for file in rootfs-recipes/*/build.py; do .venv/bin/mypy --no-error-summary "$$file" || exit 1; done
 	@if ! command -v shellcheck >/dev/null; then echo "shellcheck is not here: shell scripts not checked"; \
 	    elif [ -n "$(SHELL_SCRIPTS)" ]; then shellcheck $(SHELL_SCRIPTS); fi
 
@@ -84,4 +89,4 @@ clean: ## remove build/, caches and containers that have ended or lost their lau
 	rm -rf build .jupyter .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
-.PHONY: help setup lab run test test-vm test-browser bench outputs lint lock clean
+.PHONY: help setup lab run recipes test test-vm test-browser bench outputs lint lock clean

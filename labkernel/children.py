@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import IO, Any, TypeVar
+from typing import IO, Any, Protocol, TypeVar
 
 from labkernel import state
 
@@ -164,12 +164,22 @@ class Channel:
         self.socket.close()
 
 
+class Listener(Protocol):
+    """Who can be given what a child prints."""
+
+    def write(self, text: str, /) -> object:
+        """Take some of it."""
+
+    def flush(self) -> object:
+        """Hold nothing back."""
+
+
 class Child:
     """A function that runs in a child process of the launcher."""
 
     def __init__(self, channel: Channel, stdout: IO[bytes], stderr: IO[bytes], result: IO[bytes]) -> None:
         self._channel = channel
-        self._streams = {stdout: sys.stdout, stderr: sys.stderr}
+        self._streams: dict[IO[bytes], Listener] = {stdout: sys.stdout, stderr: sys.stderr}
         self._result = result
         self._decoders = {
             stream: codecs.getincrementaldecoder("utf-8")("replace") for stream in self._streams
@@ -200,6 +210,10 @@ class Child:
                 f"the child ended with exit status {answer['exit']}", os.waitstatus_to_exitcode(status)
             )
         return answer.get("value")
+
+    def send_output(self, target: Listener) -> None:
+        """Let what the child prints go to `target`, and not to our own standard output."""
+        self._streams[next(iter(self._streams))] = target
 
     def kill(self) -> None:
         """Kill the child and its process group."""

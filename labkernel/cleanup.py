@@ -170,6 +170,17 @@ def _remove_unfinished() -> list[str]:
                 ):
                     remove_tree(str(path)) if path.is_dir() else path.unlink(missing_ok=True)
                     removed.append(f"{directory.name}/{path.name}")
+    return removed + _remove_unfinished_builds()
+
+
+def _remove_unfinished_builds() -> list[str]:
+    """What killed builds have left of their trees; their caches and logs stay (see `labkernel.image.recipes`)."""
+    removed = []
+    for work in sorted((state.home() / "builds").glob("*/work")):
+        with state.locked(work.parent, wait=False) as ours:
+            if ours:  # else somebody is building there
+                remove_tree(str(work))
+                removed.append(f"the unfinished build of {work.parent.name}")
     return removed
 
 

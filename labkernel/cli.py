@@ -169,29 +169,121 @@ def doctor(as_json: bool) -> int:
 
 @verbs.command()
 @click.argument("name", default="python")
+@option(
+    "--all",
+    "everything",
+    is_flag=True,
+    teaches="20-trimming",
+    help="Every recipe, but those that want more than this machine has.",
+)
+@option(
+    "--again",
+    is_flag=True,
+    teaches="02-tarball",
+    help="Also where nothing has changed: the digest must be the same.",
+)
 @json_option("02-tarball")
-def build(name: str, as_json: bool) -> None:
-    """Build the root file system NAME from this machine's own programs, and unpack it. [02-tarball]
+def build(name: str, everything: bool, again: bool, as_json: bool) -> int:
+    """Build the root file system NAME, unpack it, and prove that it works. [02-tarball]
 
-    There is one, "python": Python, a shell and a few tools. Nothing is done where it is there and up to date.
+    "python", which is built where no other is named, is the lab's standard one: Python, a shell and a few tools, from
+    this machine's own programs. The others are recipes: the folders in rootfs-recipes, or one of your own, as in
+    ./mine. Nothing is done where it is there and nothing has changed that it was built from.
     """
-    from labkernel.image.store import build_rootfs
-    from labkernel.images import rootfs
+    from labkernel.image.recipes import NotHere, all_recipes
+
+    for number in (signal.SIGTERM, signal.SIGHUP):  # so that what is half built is removed
+        signal.signal(number, lambda received, _: sys.exit(128 + received))
+    if not everything:
+        facts = _built(name, again)
+        click.echo(json.dumps(facts) if as_json else _in_one_line(facts))
+        return 0
+    rows, failed = [], 0
+    for recipe in all_recipes():
+        reason = recipe.by_hand or (
+            "only root can build it" if recipe.user == "root" and os.geteuid() else ""
+        )
+        if reason:
+            click.echo(f"{recipe.name}: left out: {reason}", err=True)
+            continue
+        try:
+            rows.append(_built(recipe.name, again))
+        except NotHere as error:
+            click.echo(f"{recipe.name}: left out: {error.text}", err=True)
+        except (RuntimeError, OSError, ValueError) as error:
+            failed = _failed(_in_words(error))
+        else:
+            if not as_json:
+                click.echo(_in_one_line(rows[-1]))
+    if as_json:
+        click.echo(json.dumps(rows))
+    return failed
+
+
+def _built(name: str, again: bool) -> dict[str, Any]:
+    """An image that is built, unpacked and proved, as facts. Raises what `recipes.build` and `images.prove` raise."""
+    from labkernel import images
+    from labkernel.image import recipes, store
 
     with progress_bar() as progress:
-        place = rootfs(name, progress=progress)
-    image = build_rootfs(name)
-    facts = {
+        if name == images.STANDARD:
+            place = images.rootfs(progress=progress)
+            image = store.build_rootfs()
+        else:
+            try:
+                image = recipes.build(name, again=again, progress=progress)
+            except recipes.NotHere:
+                raise
+            except recipes.BuildError as error:
+                _show_log(error.tail)
+                raise RuntimeError(error.text) from error
+            place = images.rootfs(image.name, progress=progress)
+            images.prove(name, progress=progress)
+    return {
         "name": image.name, "digest": image.digest, "files": image.files, "bytes": image.bytes,
         "tarball": str(image.tarball), "tarball_bytes": image.zstd_bytes, "rootfs": str(place),
     }  # fmt: skip
-    if as_json:
-        click.echo(json.dumps(facts))
-    else:
-        from labkernel.spec import human
 
-        sizes = f"{human(image.bytes)} in {image.files} files, {human(image.zstd_bytes)} as a tarball"
-        click.echo(f"{image.name}: {sizes}, {image.digest}")
+
+def _show_log(tail: str) -> None:
+    for line in tail.splitlines():
+        click.echo(f"    {line}", err=True)
+
+
+def _in_one_line(facts: Mapping[str, Any]) -> str:
+    from labkernel.spec import human
+
+    sizes = f"{human(facts['bytes'])} in {facts['files']} files, {human(facts['tarball_bytes'])} as a tarball"
+    return f"{facts['name']}: {sizes}, {facts['digest']}"
+
+
+@verbs.command()
+@json_option("20-trimming")
+def images(as_json: bool) -> None:
+    """List the images that are built: how big, which, and what can be run in them. [20-trimming]
+
+    SIZE is that of the files when unpacked (apparent: bytes of content), then come the same as a tarball that is
+    compressed by gzip or by zstd.
+    """
+    from labkernel.image import recipes, store
+    from labkernel.spec import human
+
+    found = store.stored()
+    columns = ("name", "bytes", "gzip_bytes", "zstd_bytes", "files", "digest")
+    if as_json:
+        click.echo(json.dumps([{column: getattr(image, column) for column in columns} for image in found]))
+        return
+    table: list[Sequence[str]] = [("NAME", "SIZE", "GZIP", "ZSTD", "FILES", "DIGEST", "RUNS")]
+    for image in found:
+        record = store.read_record(image.name) or {}
+        table.append((
+            image.name, *(human(size) for size in (image.bytes, image.gzip_bytes or 0, image.zstd_bytes)),
+            str(image.files), image.digest[:19], ", ".join(record.get("runs", ())),
+        ))  # fmt: skip
+    _print_table(table)
+    built = {image.name for image in found}
+    if others := [recipe.name for recipe in recipes.all_recipes() if recipe.name not in built]:
+        click.echo(f"not built: {', '.join(others)} (labkernel build NAME)")
 
 
 @contextlib.contextmanager
@@ -239,14 +331,17 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None] | None]:
 def run(words: tuple[str, ...], interactive: bool, detach: bool, **options: Any) -> int:
     """Run COMMAND in a new container, behind all walls; the exit status is the command's.
 
-    IMAGE is "python", and that is also what is taken without it; without COMMAND, python3 is run. A container may
+    IMAGE is one that `labkernel images` lists; where the first word is none, it is "python". Without COMMAND, python3
+    is run. A container may
     use 512M of memory, one core and 256 processes where nothing else is said. 125: the container could not be made;
     126: the command cannot be run; 127: there is none of that name.
     """
     from labkernel import children, images
     from labkernel.container import Container
+    from labkernel.image import store
 
-    image, command = (words[0], words[1:]) if words[:1] == (images.STANDARD,) else (images.STANDARD, words)
+    named = words and (words[0] == images.STANDARD or store.whole(words[0]))
+    image, command = (words[0], words[1:]) if named else (images.STANDARD, words)
     _check_streams(interactive, options["tty"], detach)
     threading.Thread(target=_start_launcher).start()  # it takes as long as all that we have to do meanwhile
     options["user"] = options["user"] or "0:0"
@@ -727,13 +822,13 @@ def _directory(record: Mapping[str, Any]) -> Any:
 
 
 def _remove_images() -> list[str]:
-    """Images and unpacked root file systems; an ordinary user's have owners that only a child may touch."""
+    """Images, root file systems, what builds keep; an ordinary user's have owners that only a child may touch."""
     import shutil
 
     from labkernel import children, state
 
     removed = []
-    for name in ("rootfs", "images"):
+    for name in ("rootfs", "images", "builds"):
         for path in sorted((state.home() / name).glob("*")):
             removed.append(f"{name}/{path.name}")
         children.in_child(shutil.rmtree, state.home() / name, ignore_errors=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 from labkernel import children, state
-from labkernel.image import Progress
+from labkernel.image import Progress, store
 
 
 class NoSuchImage(LookupError):
@@ -18,13 +19,18 @@ class NoSuchImage(LookupError):
         return str(self.args[0])
 
 
+class ProofFailed(RuntimeError):
+    """A program that an image has to run does not run in it."""
+
+
 STANDARD = "python"
 
 
 def rootfs(image: str = STANDARD, *, progress: Progress | None = None) -> Path:
     """The unpacked root file system of `image`, or `image` itself where it is a directory.
 
-    The standard image is built when it is missing or out of date. Raises NoSuchImage.
+    The standard image is built when it is missing or out of date; others are taken as they are in the store.
+    Raises NoSuchImage.
     """
     if "/" in image:
         if not os.path.isdir(image):
@@ -34,22 +40,72 @@ def rootfs(image: str = STANDARD, *, progress: Progress | None = None) -> Path:
         return (
             known  # whether it is up to date is looked at once a process: that takes longer than a container
         )
-    if image != STANDARD:
-        raise NoSuchImage(f"no image {image!r}; there is: {STANDARD}")
-    from labkernel.image.store import build_rootfs
-
-    built = build_rootfs(image, progress=progress)
+    built = store.build_rootfs(image, progress=progress) if image == STANDARD else _stored(image)
     base = children.launcher().facts["container_map"]
     owner, count = base["outside"], base["count"]
     # The owner is part of the name: root's containers and an ordinary user's see different ids on disk.
     place = state.home() / "rootfs" / f"{image}-{built.digest.removeprefix('sha256:')[:16]}-{owner}-{count}"
     place.parent.mkdir(parents=True, exist_ok=True)
+    if os.geteuid() != 0:
+        # An ordinary user is root inside, so a set-user-ID program of the image would be one of the user's own, for
+        # everybody on this machine who can reach it. (Root's containers have ids that nobody has.)
+        place.parent.chmod(0o700)
     with state.locked(place.parent):  # two processes may want it at the same moment
         if not place.is_dir():
-            _remove_earlier(place.parent.glob(f"{image}-*-{owner}-{count}"))
+            _remove_earlier(place.parent.glob(f"{image}-{'[0-9a-f]' * 16}-{owner}-{count}"))
+            if progress:
+                progress(f"unpack {image}", 0, 1)
             children.in_child(_unpack, built.tarball, place, owner, count)
-    _known[image, state.home()] = place
+    if image == STANDARD:
+        _known[image, state.home()] = place
     return place
+
+
+def prove(name: str, *, progress: Progress | None = None) -> None:
+    """Run a recipe's proof in a container of its image, unless it has been proved already. Raises ProofFailed."""
+    from labkernel.container import Container
+    from labkernel.image import recipes
+
+    recipe = recipes.find(name)
+    command = recipes.proof_command(recipe)
+    of = f"{_stored(recipe.name).digest} {hashlib.sha256(repr(command).encode()).hexdigest()[:16]}"
+    if (store.read_record(recipe.name) or {}).get("proved") == of:
+        return
+    rootfs(recipe.name, progress=progress)
+    if progress:
+        progress(f"prove {recipe.name}", 0, 1)
+    try:
+        done = Container(recipe.name, command).run(timeout=PROVED_WITHIN)
+    except TimeoutError:
+        raise ProofFailed(
+            f"image {recipe.name}: its proof was still running after {PROVED_WITHIN:.0f} s"
+        ) from None
+    except OSError as error:
+        raise ProofFailed(
+            f"image {recipe.name} is built, but not proved: {error.strerror or error}"
+        ) from error
+    if done.returncode:
+        said = (done.stderr or done.stdout).decode(errors="replace").strip() or "it said nothing"
+        raise ProofFailed(f"image {recipe.name}: its proof ended with exit status {done.returncode}: {said}")
+    store.note(recipe.name, proved=of)
+
+
+PROVED_WITHIN = 120.0
+"""Seconds that a proof may take; most take less than one."""
+
+
+def _stored(name: str) -> store.Image:
+    """An image of the store. Raises NoSuchImage with what there is, and with what can be made."""
+    image = store.whole(name)
+    if image is None:
+        from labkernel.image import recipes
+
+        there = ", ".join(dict.fromkeys([STANDARD, *(one.name for one in store.stored())]))
+        make = (
+            f"; labkernel build {name} makes it" if (recipes.FOLDER / name / "recipe.toml").is_file() else ""
+        )
+        raise NoSuchImage(f"no image {name!r}; there is: {there}{make}")
+    return image
 
 
 def _remove_earlier(places: Iterable[Path]) -> None:
@@ -66,4 +122,5 @@ _known: dict[tuple[str, Path], Path] = {}
 def _unpack(tarball: Path, place: Path, owner_base: int, owner_count: int) -> None:
     from labkernel.image.unpack import unpack
 
-    unpack(tarball, place, same_owner=owner_count > 1, owner_base=owner_base)
+    # What is in the store was packed here, or imported and examined: its set-user-ID programs are meant.
+    unpack(tarball, place, same_owner=owner_count > 1, owner_base=owner_base, allow_setuid=True)

@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/s
 
 
 class Package(NamedTuple):
-    """A package, what shows that it is here (a program, or a file by its path), its groups, its reason."""
+    """A package, what shows that it is here (a program, or a file by its path; "": dpkg), its groups, its reason."""
 
     name: str
     seen_by: str
@@ -55,17 +56,46 @@ TABLE = (
     Package("chromium", "chromium", ("browser",), "the browser in which the notebooks and widgets are tried"),
 )
 
+RECIPES = Path(__file__).parent.parent / "rootfs-recipes"
+
+
+def table() -> list[Package]:
+    """Return the table, and what the recipes of root file systems say they need (the group "recipes")."""
+    wanted: dict[str, list[str]] = {}
+    for file in sorted(RECIPES.glob("*/recipe.toml")):
+        recipe = tomllib.loads(file.read_text())
+        for name in recipe.get("needs", ()):
+            wanted.setdefault(name, []).append(recipe["name"])
+    return [*TABLE, *(Package(name, "", ("recipes",), f"for {', '.join(of)}") for name, of in wanted.items())]
+
 
 def missing(group: str) -> list[Package]:
-    """Return the packages of a group that are not on this machine."""
-    return [package for package in TABLE if group in package.groups and not present(package)]
+    """Return the packages of a group that are not on this machine, and that its distribution has."""
+    return [p for p in table() if group in p.groups and not present(p) and (p.seen_by or offered(p.name))]
+
+
+def offered(name: str) -> bool:
+    """Tell whether apt knows a package (a distribution may lack it); where apt has no lists yet, it may."""
+    if shutil.which("apt-cache") is None or not any(Path("/var/lib/apt/lists").glob("*_Packages*")):
+        return True
+    return subprocess.run(["apt-cache", "show", name], capture_output=True).returncode == 0
 
 
 def present(package: Package) -> bool:
     """Tell whether a package is here, by what it brings: that works whatever installed it."""
+    if not package.seen_by:
+        return _installed(package.name)
     if "/" in package.seen_by:
         return Path(package.seen_by).exists()
     return shutil.which(package.seen_by, path=SEARCH_PATH) is not None
+
+
+def _installed(name: str) -> bool:
+    query = ["dpkg-query", "--show", "--showformat=${db:Status-Status}", name]
+    try:
+        return "installed" in subprocess.run(query, capture_output=True, text=True).stdout.split()
+    except FileNotFoundError:
+        return False
 
 
 def install(packages: list[Package], purpose: str) -> bool:
@@ -123,9 +153,9 @@ def quiet(command: list[str], environment: dict[str, str], last: bool = False) -
 
 def main(arguments: list[str]) -> int:
     """Install one group, or print the table."""
-    groups = sorted({group for package in TABLE for group in package.groups})
+    groups = sorted({group for package in table() for group in package.groups})
     if not arguments:
-        for package in TABLE:
+        for package in table():
             state = "here" if present(package) else "missing"
             print(f"{package.name:<16} {state:<8} {', '.join(package.groups):<12} {package.why}")
         return 0

@@ -48,7 +48,7 @@ _FILES = {
 
 # glibc opens these by name (dlopen), so no ELF header tells of them. Before glibc 2.34 nsswitch.conf's
 # "files" and "dns" were libraries; pthread_exit() and the unwinding of C++ need libgcc_s.
-_OPENED_BY_LIBC = ("libnss_files.so.2", "libnss_dns.so.2", "libgcc_s.so.1")
+OPENED_BY_LIBC = ("libnss_files.so.2", "libnss_dns.so.2", "libgcc_s.so.1")
 
 # The terminals that people sit at. curses and readline look here.
 _TERMINALS = ("dumb", "linux", "screen", "tmux-256color", "vt100", "xterm", "xterm-256color")
@@ -145,8 +145,12 @@ def _origin(entry: Entry) -> str:
     return str(entry.source or entry.target or "a file of our own")
 
 
-def closure(programs: Iterable[str | Path], *, progress: Progress | None = None) -> Closure:
+def closure(
+    programs: Iterable[str | Path], *, libraries: Iterable[Path] = (), progress: Progress | None = None
+) -> Closure:
     """The closure of *programs*: names (found by ``PATH``) or paths of programs of this machine.
+
+    *libraries*: those that the programs open by name while they run (dlopen(3)): no ELF header tells of them.
 
     A Python interpreter brings its standard library, and is found at ``/usr/bin/python3`` inside. The
     names ``python3`` and ``python`` mean the Python that is running now (out of its virtual environment):
@@ -165,6 +169,8 @@ def closure(programs: Iterable[str | Path], *, progress: Progress | None = None)
             if progress:
                 progress(f"closure: {program.name}", len(done) - 1, len(done) + len(waiting))
             waiting += builder.program(program)
+    for library in libraries:
+        builder.opened(library)
     if progress:
         progress("closure", len(done), len(done))
     return builder.closure
@@ -195,6 +201,7 @@ class _Builder:
     programs: dict[tuple[int, int], str] = field(default_factory=dict)  # (device, inode): where it went
     places: dict[str, str] = field(default_factory=dict)  # real path of a program or library: where it went
     terminals: bool = False
+    first: elf.Loaded | None = None  # the first program that has an ELF interpreter
 
     def base(self) -> None:
         for path, mode in _DIRECTORIES.items():
@@ -260,6 +267,7 @@ class _Builder:
         # itself.
         directory = merged(posixpath.dirname(interpreter))
         if by is None:
+            self.first = self.first or program
             self.interpreter(program.elf.interpreter, interpreter, directory)
             needed += self.opened_by_libc(loader, first)
         self.places[first.path] = inside
@@ -271,6 +279,18 @@ class _Builder:
                 self.terminfo()
         return first
 
+    def opened(self, path: Path) -> None:
+        """Add a library that a program opens by name, and what it needs in turn."""
+        if self.first is None or self.first.elf.interpreter is None:
+            raise ClosureError(f"{path}: a library is there to be opened, and no program that could open one")
+        real = path.resolve()
+        if str(real) in self.places:
+            return
+        directory = merged(posixpath.dirname(elf.resolve(self.first.elf.interpreter)))
+        inside = merged(str(path)) if _is_system(str(path)) else f"{directory}/{path.name}"
+        self.closure.file(inside, real, "a library that is opened by name")
+        self.libraries(elf.Loader(), str(real), inside, by=self.first)
+
     def interpreter(self, asked: str, real: str, directory: str) -> None:
         """The ELF interpreter has to be at the very path written in the program: execve(2) goes there."""
         place = f"{directory}/{posixpath.basename(asked)}"
@@ -281,7 +301,7 @@ class _Builder:
     @staticmethod
     def opened_by_libc(loader: elf.Loader, program: elf.Loaded) -> list[elf.Loaded]:
         libc = next((loaded for name, loaded in loader.loaded.items() if name.startswith("libc.so")), None)
-        beside = [Path(libc.path).with_name(name) for name in _OPENED_BY_LIBC] if libc else []
+        beside = [Path(libc.path).with_name(name) for name in OPENED_BY_LIBC] if libc else []
         return [new for path in beside if path.exists() for new in loader.load(str(path.resolve()), program)]
 
     def _place(self, library: elf.Loaded, directory: str) -> str:

@@ -17,6 +17,7 @@ import os
 import stat
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Literal, cast
@@ -34,6 +35,12 @@ Compression = Literal["zstd", "gzip", "none"]
 _EPOCH = 315532800
 
 _ZSTD_LEVEL = 9
+_GZIP_LEVEL = 6
+
+
+def epoch() -> int:
+    """The time of every file of an image, in seconds since 1970."""
+    return int(os.environ.get("SOURCE_DATE_EPOCH", _EPOCH))
 
 
 class _Digester(io.RawIOBase):
@@ -58,17 +65,19 @@ def pack(
     destination: Path,
     *,
     compression: Compression = "zstd",
+    same_owner: bool = False,
     progress: Progress | None = None,
 ) -> str:
     """Write *source*, a closure or the tree under a directory, as a tarball to *destination*; returns its
     digest.
 
     The digest is that of the file, compressed as it is: "sha256:" and 64 digits. The file appears at once
-    and whole, or not at all. Set-user-ID bits and modes of a directory tree are kept; owners are not.
+    and whole, or not at all. Set-user-ID bits and modes of a directory tree are kept; owners only if
+    *same_owner* is said: as the ids that the caller, root of the machine or of a user namespace, sees.
     Raises ValueError for a socket, a pipe or a device in the tree, which have no place in an image.
     """
-    mtime = int(os.environ.get("SOURCE_DATE_EPOCH", _EPOCH))
-    members = _of_closure(source) if isinstance(source, Closure) else _of_directory(source)
+    mtime = epoch()
+    members = _of_closure(source) if isinstance(source, Closure) else _of_directory(source, same_owner)
     total = (
         source.size if isinstance(source, Closure) else sum(info.size for info, _ in _of_directory(source))
     )
@@ -99,6 +108,20 @@ def pack(
     return f"sha256:{digester.hash.hexdigest()}"
 
 
+def gzip_size(tarball: Path, *, progress: Progress | None = None) -> int:
+    """Bytes that a tarball of ours, compressed by zstd, would have if it were compressed by gzip."""
+    import zstandard
+
+    size, whole = 0, tarball.stat().st_size
+    compressor = zlib.compressobj(_GZIP_LEVEL, wbits=zlib.MAX_WBITS | 16)  # 16: with gzip's header and end
+    with tarball.open("rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as archive:
+        while data := archive.read(1 << 20):
+            size += len(compressor.compress(data))
+            if progress:
+                progress("weigh as gzip", file.tell(), whole)
+    return size + len(compressor.flush())
+
+
 def _of_closure(closure: Closure) -> Iterator[tuple[tarfile.TarInfo, Path | bytes | None]]:
     for entry in closure:
         info = tarfile.TarInfo(entry.path.lstrip("/"))
@@ -114,13 +137,15 @@ def _of_closure(closure: Closure) -> Iterator[tuple[tarfile.TarInfo, Path | byte
             yield info, entry.source or entry.content
 
 
-def _of_directory(root: Path) -> Iterator[tuple[tarfile.TarInfo, Path | None]]:
+def _of_directory(root: Path, same_owner: bool = False) -> Iterator[tuple[tarfile.TarInfo, Path | None]]:
     first_link: dict[tuple[int, int], str] = {}
     for path in _walk(root):
         name = str(path.relative_to(root))
         info = tarfile.TarInfo(name)
         status = path.lstat()
         info.mode = stat.S_IMODE(status.st_mode)
+        if same_owner:
+            info.uid, info.gid = status.st_uid, status.st_gid
         inode = (status.st_dev, status.st_ino)
         if stat.S_ISDIR(status.st_mode):
             info.type = tarfile.DIRTYPE
@@ -152,7 +177,7 @@ def _compressor(file: io.RawIOBase, compression: Compression) -> Iterator[Binary
     elif compression == "gzip":
         # No name and no time in the header, whatever file it goes to.
         with gzip.GzipFile(
-            filename="", mode="wb", compresslevel=6, fileobj=cast(BinaryIO, file), mtime=0
+            filename="", mode="wb", compresslevel=_GZIP_LEVEL, fileobj=cast(BinaryIO, file), mtime=0
         ) as out:
             yield cast(BinaryIO, out)
     else:

@@ -7,20 +7,20 @@ size.
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from labkernel import state
 from labkernel.image import Progress
 from labkernel.image import python as pythons
 from labkernel.image.closure import Closure, closure
-from labkernel.image.pack import pack
+from labkernel.image.pack import gzip_size, pack
 
 # What a student wants at hand inside. Those that the host has are taken.
 TOOLS = (
@@ -54,7 +54,70 @@ class Image:
     digest: str  # of the tarball: "sha256:…"
     bytes: int  # apparent size of what is in it
     zstd_bytes: int  # size of the tarball
-    files: int
+    files: int  # regular ones; one of several names counts once
+    gzip_bytes: int | None = None  # what it would be with gzip; None where nobody has asked yet
+
+
+def stored() -> list[Image]:
+    """The images that are there, by their names; their gzip_bytes are found out where they are not known yet."""
+    found = []
+    for record in sorted((state.home() / "images").glob("*.json")):
+        image = whole(record.stem)
+        if image and image.gzip_bytes is None:
+            image = replace(image, gzip_bytes=gzip_size(image.tarball))
+            note(image.name, gzip_bytes=image.gzip_bytes)
+        found += [image] if image else []
+    return found
+
+
+def whole(name: str) -> Image | None:
+    """The image of that name, if it is there and its tarball has not been cut short."""
+    tarball, _ = _places(name)
+    known = read_record(name)
+    with contextlib.suppress(OSError, KeyError, TypeError):
+        if known and tarball.stat().st_size == known["zstd_bytes"]:
+            sizes = (known["bytes"], known["zstd_bytes"], known["files"], known.get("gzip_bytes"))
+            return Image(name, tarball, known["digest"], *sizes)
+    return None
+
+
+def read_record(name: str) -> dict[str, Any] | None:
+    """What is written down of an image; None where there is none, or nothing that can be read."""
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads(_places(name)[1].read_text())
+        return known if isinstance(known, dict) else None
+    return None
+
+
+def keep(image: Image, made: Path, facts: Mapping[str, Any]) -> None:
+    """Put an image into the store: the tarball *made* (it is moved), and what there is to remember of it."""
+    directory = image.tarball.parent
+    directory.mkdir(parents=True, exist_ok=True)
+    sizes = {"bytes": image.bytes, "zstd_bytes": image.zstd_bytes, "gzip_bytes": image.gzip_bytes}
+    with state.locked(directory):
+        made.replace(image.tarball)
+        _write(
+            _places(image.name)[1],
+            {"name": image.name, "digest": image.digest, **sizes, "files": image.files, **facts},
+        )
+
+
+def note(name: str, **facts: Any) -> None:
+    """Write down something more of an image that is there."""
+    with state.locked(state.home() / "images"):
+        if known := read_record(name):
+            _write(_places(name)[1], known | facts)
+
+
+def _places(name: str) -> tuple[Path, Path]:
+    directory = state.home() / "images"
+    return directory / f"{name}.tar.zst", directory / f"{name}.json"
+
+
+def _write(record: Path, facts: Mapping[str, Any]) -> None:
+    temporary = record.with_suffix(".json.new")
+    temporary.write_text(json.dumps(facts, indent=1))
+    temporary.replace(record)
 
 
 def build_rootfs(name: str = "python", *, progress: Progress | None = None) -> Image:
@@ -69,12 +132,11 @@ def build_rootfs(name: str = "python", *, progress: Progress | None = None) -> I
 
 def build(name: str, programs: Sequence[str], *, progress: Progress | None = None) -> Image:
     """The image *name*, which is the closure of *programs* (paths): from the store, or built if need be."""
-    directory = state.home() / "images"
-    directory.mkdir(parents=True, exist_ok=True)
-    tarball, record = directory / f"{name}.tar.zst", directory / f"{name}.json"
+    tarball, record = _places(name)
+    tarball.parent.mkdir(parents=True, exist_ok=True)
     wanted = list(programs)
-    with _locked(directory):  # two notebooks may want it at the same moment
-        image = _stored(name, tarball, record, wanted)
+    with state.locked(tarball.parent):  # two notebooks may want it at the same moment
+        image = _unchanged(name, wanted)
         if image is None:
             content = closure(wanted, progress=progress)
             digest = pack(content, tarball, progress=progress)
@@ -84,19 +146,16 @@ def build(name: str, programs: Sequence[str], *, progress: Progress | None = Non
     return image
 
 
-def _stored(name: str, tarball: Path, record: Path, programs: list[str]) -> Image | None:
+def _unchanged(name: str, programs: list[str]) -> Image | None:
     """The image in the store, if it is whole and what it was built from is as it was."""
+    known = read_record(name) or {}
     try:
-        known = json.loads(record.read_text())
-        fresh = (
-            known["programs"] == programs
-            and tarball.stat().st_size == known["zstd_bytes"]
-            and all(_stamp(path) == stamp for path, stamp in known["inputs"].items())
-        )
-        if fresh:
-            return Image(name, tarball, known["digest"], known["bytes"], known["zstd_bytes"], known["files"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass  # not built yet, cut short, or written by another version: built anew
+        if known["programs"] == programs and all(
+            stamp(path) == then for path, then in known["inputs"].items()
+        ):
+            return whole(name)
+    except (OSError, KeyError, AttributeError):
+        pass  # not built yet, or written by another version: built anew
     return None
 
 
@@ -110,26 +169,12 @@ def _record(image: Image, record: Path, programs: list[str], content: Closure) -
         "zstd_bytes": image.zstd_bytes,
         "files": image.files,
         "programs": programs,
-        "inputs": {path: _stamp(path) for path in sorted(sources | ours)},
+        "inputs": {path: stamp(path) for path in sorted(sources | ours)},
     }
-    temporary = record.with_suffix(".json.new")
-    temporary.write_text(json.dumps(facts, indent=1))
-    temporary.replace(record)
+    _write(record, facts)
 
 
-def _stamp(path: str) -> list[int]:
+def stamp(path: str) -> list[int]:
+    """What tells whether a file has changed: its time of change, in nanoseconds, and its size in bytes."""
     status = os.stat(path)  # a thousand of them: a Path each would double the time
     return [status.st_mtime_ns, status.st_size]
-
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Hold the directory for this process alone; the kernel lets go when the process ends, however it
-    ends.
-    """
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
