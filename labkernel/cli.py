@@ -192,8 +192,7 @@ def build(name: str, everything: bool, again: bool, as_json: bool) -> int:
     """
     from labkernel.image.recipes import NotHere, all_recipes
 
-    for number in (signal.SIGTERM, signal.SIGHUP):  # so that what is half built is removed
-        signal.signal(number, lambda received, _: sys.exit(128 + received))
+    _clean_up_when_told_to_end()
     if not everything:
         facts = _built(name, again)
         click.echo(json.dumps(facts) if as_json else _in_one_line(facts))
@@ -286,6 +285,170 @@ def images(as_json: bool) -> None:
         click.echo(f"not built: {', '.join(others)} (labkernel build NAME)")
 
 
+# ---------------------------------------------------------------------- images, from others and for others
+
+
+def _clean_up_when_told_to_end() -> None:
+    """Let SIGTERM and SIGHUP raise, so that what is half done is removed."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda received, _: sys.exit(128 + received))
+
+
+@verbs.command()
+@click.argument("name")
+@click.argument("destination", metavar="DEST")
+@click.argument("command", nargs=-1, metavar="[-- COMMAND...]")
+@option(
+    "--tag", default="latest", show_default=True, teaches="22-oci", help="The image's name in the layout."
+)
+@option(
+    "--compression",
+    type=click.Choice(["gzip", "zstd", "none"]),
+    default="gzip",
+    show_default=True,
+    teaches="22-oci",
+    help="Of the layer; not every program reads zstd.",
+)
+@json_option("22-oci")
+def export(
+    name: str, destination: str, command: tuple[str, ...], tag: str, compression: Any, as_json: bool
+) -> None:  # fmt: skip
+    """Write the image NAME as an OCI image: into a layout, the directory DEST, or as an archive, DEST.tar. [22-oci]
+
+    COMMAND is what is run in it where nothing else is said. The archive is also one that `docker load` reads.
+    """
+    from pathlib import Path
+
+    from labkernel import images
+    from labkernel.image import exchange
+
+    _clean_up_when_told_to_end()
+    with progress_bar() as progress:
+        image = exchange.export_image(
+            images.stored(name, progress=progress), Path(destination), tag=tag, command=command,
+            compression=compression, progress=progress,
+        )  # fmt: skip
+    facts = {"name": name, "destination": destination, "tag": tag, "digest": image.manifest.digest}
+    click.echo(json.dumps(facts) if as_json else f"{destination}: {tag}, {image.manifest.digest}")
+
+
+@verbs.command("import")
+@click.argument("source", metavar="SRC")
+@click.argument("name")
+@option("--tag", teaches="22-oci", help="Which image, where SRC has several.")
+@json_option("22-oci")
+def import_(source: str, name: str, tag: str | None, as_json: bool) -> None:
+    """Keep an image that others made as NAME; `labkernel run NAME` runs it. [22-oci]
+
+    SRC is an OCI layout (a directory, or an archive of one), an archive that `docker save` made, or the tarball of a
+    root file system. Every digest is checked, and an archive that would write outside of its place is refused.
+    """
+    from pathlib import Path
+
+    from labkernel.image import exchange
+
+    _clean_up_when_told_to_end()
+    with progress_bar() as progress:
+        image = exchange.import_image(Path(source), name, tag=tag, progress=progress)
+    _tell_kept(image, as_json)
+
+
+@verbs.command()
+@click.argument("reference", metavar="HOST/NAME[:TAG|@DIGEST]")
+@click.argument("name", required=False)
+@option("--username", "-u", teaches="22-oci", help="Asks for the password, which is stored nowhere.")
+@json_option("22-oci")
+def pull(reference: str, name: str | None, username: str | None, as_json: bool) -> None:
+    """Fetch an image from a registry and keep it as NAME (if left out: the last part of its name). [22-oci]
+
+    What is printed ends with the image's digest: that name is the same image for ever. Only https is spoken, but to
+    this machine itself.
+    """
+    from labkernel.image import exchange, registry
+    from labkernel.image.oci import Layout
+
+    _clean_up_when_told_to_end()
+    asked = registry.Reference.parse(reference)
+    name = name or asked.name.rpartition("/")[2]
+    exchange.check_name(name)
+    password = click.prompt("Password", hide_input=True, err=True) if username else ""
+    credentials = (username, password) if username else None
+    with exchange.working_directory() as work, progress_bar() as progress:
+        layout = Layout.create(work / "layout")
+        found, pinned = registry.pull(reference, layout, credentials=credentials, progress=progress)
+        image = exchange.import_layout(
+            layout, name, tag=found.manifest.digest, facts={"pulled": pinned}, progress=progress
+        )
+    _tell_kept(image, as_json, pinned=pinned)
+
+
+def _tell_kept(image: Any, as_json: bool, **facts: str) -> None:
+    from labkernel.spec import human
+
+    columns = ("name", "digest", "files", "bytes")
+    if as_json:
+        click.echo(json.dumps({column: getattr(image, column) for column in columns} | facts))
+        return
+    sizes = f"{human(image.bytes)} in {image.files} files"
+    click.echo(f"{image.name}: {sizes}, {', '.join(facts.values()) or image.digest}")
+
+
+@verbs.command()
+@click.argument("name")
+@click.argument("directory", metavar="DIR")
+@click.argument("command", nargs=-1, metavar="[-- COMMAND...]")
+@option(
+    "--oci-version",
+    type=click.Choice(["1.0", "1.1"]),
+    default="1.0",
+    show_default=True,
+    teaches="22-oci",
+    help="Of the runtime specification: 1.1 has the time namespace, which runc reads since 1.2.",
+)
+@PROGRAM
+@LIMITS
+@WALLS
+def bundle(
+    name: str, directory: str, command: tuple[str, ...], oci_version: str, interactive: bool, **options: Any
+) -> None:  # fmt: skip
+    """Write the image NAME as an OCI bundle: a root file system, and a config.json with what `run` would do. [22-oci]
+
+    Any OCI runtime starts it: runc run --bundle DIR ID. The options are those of `labkernel run`.
+    """
+    from pathlib import Path
+
+    from labkernel import bundle as bundles
+    from labkernel import children, images
+    from labkernel.container import Container
+    from labkernel.linux import seccomp
+    from labkernel.linux.users import IdMap
+
+    _clean_up_when_told_to_end()
+    asked = _for_container(name, command, options)
+    spec = Container(name, **asked).spec
+    with progress_bar() as progress:
+        place = images.rootfs(name, progress=progress)
+        image = images.stored(name)
+    facts = children.launcher().facts
+    base = facts["container_map"]
+    # An ordinary user's container has the ids that the user was given, and the user is its root.
+    maps = [IdMap(**one) for one in facts["id_maps"] or [base]]
+    content = bundles.config(
+        spec, ids=children.in_child(bundles.ids_of, spec.process.user, str(place)), maps=maps,
+        profile=seccomp.named(asked.get("seccomp", "default")), cgroup_version=facts["cgroup_version"] or 2,
+        version=oci_version,
+    )  # fmt: skip
+    children.in_child(
+        bundles.write, Path(directory).absolute(), image.tarball, content, owner_base=base["outside"],
+        same_owner=base["count"] > 1,
+    )  # fmt: skip
+    click.echo(f"{directory}: runc run --bundle {directory} ID")
+    if oci_version == "1.0" and "time" in spec.namespaces:
+        click.echo(
+            "left out: the time namespace, for which version 1.0 has no word (--oci-version 1.1)", err=True
+        )
+
+
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Callable[[str, int, int], None] | None]:
     """A bar on standard error, where somebody looks at it; it appears only if there is something to wait for."""
@@ -344,13 +507,7 @@ def run(words: tuple[str, ...], interactive: bool, detach: bool, **options: Any)
     image, command = (words[0], words[1:]) if named else (images.STANDARD, words)
     _check_streams(interactive, options["tty"], detach)
     threading.Thread(target=_start_launcher).start()  # it takes as long as all that we have to do meanwhile
-    options["user"] = options["user"] or "0:0"
-    options["workdir"] = options["workdir"] or "/"
-    options["env"] = _environment(options["env"])
-    options |= _security(options.pop("security_opt"))
-    for name in ("device_read_bps", "device_write_bps"):
-        options[name] = _rates("--" + name.replace("_", "-"), options[name])
-    container = Container(image, command or ("python3",), detach=detach, **options)
+    container = Container(image, detach=detach, **_for_container(image, command, options))
     with progress_bar() as progress:
         images.rootfs(image, progress=progress)
     if detach:
@@ -367,6 +524,23 @@ def run(words: tuple[str, ...], interactive: bool, detach: bool, **options: Any)
     if container.terminal is not None:
         _attend(container.terminal, interactive)
     return container.wait()
+
+
+def _for_container(image: str, command: tuple[str, ...], options: Mapping[str, Any]) -> dict[str, Any]:
+    """What `Container` is to be called with. What nobody says is as an imported image wants it, else as ever."""
+    from labkernel.image import store
+
+    wanted = dict((store.read_record(image) or {}).get("settings") or {})
+    inside = dict(item.partition("=")[::2] for item in wanted.get("Env", ()))
+    found = dict(options) | _security(options["security_opt"])
+    del found["security_opt"]
+    found["user"] = options["user"] or wanted.get("User") or "0:0"
+    found["workdir"] = options["workdir"] or wanted.get("WorkingDir") or "/"
+    found["env"] = inside | _environment(options["env"])
+    for name in ("device_read_bps", "device_write_bps"):
+        found[name] = _rates("--" + name.replace("_", "-"), options[name])
+    words = [*wanted.get("Entrypoint", ()), *(command or wanted.get("Cmd", ()))]
+    return found | {"command": words or ["python3"]}
 
 
 def _could_not_run(container: Container) -> int:

@@ -40,11 +40,27 @@ def rootfs(image: str = STANDARD, *, progress: Progress | None = None) -> Path:
         return (
             known  # whether it is up to date is looked at once a process: that takes longer than a container
         )
-    built = store.build_rootfs(image, progress=progress) if image == STANDARD else _stored(image)
+    built = stored(image, progress=progress)
+    place = unpacked(image, built.tarball, built.digest, progress=progress)
+    if image == STANDARD:
+        _known[image, state.home()] = place
+    return place
+
+
+def stored(image: str = STANDARD, *, progress: Progress | None = None) -> store.Image:
+    """An image of the store; the standard one is built when it is missing or out of date. Raises NoSuchImage."""
+    return store.build_rootfs(image, progress=progress) if image == STANDARD else _stored(image)
+
+
+def unpacked(image: str, tarball: Path, digest: str, *, progress: Progress | None = None) -> Path:
+    """Where `tarball`, which has this digest, is unpacked for the ids that containers get; unpacked now if need be.
+
+    Raises what `image.unpack` raises for an archive that it refuses: nothing is left of it then.
+    """
     base = children.launcher().facts["container_map"]
     owner, count = base["outside"], base["count"]
     # The owner is part of the name: root's containers and an ordinary user's see different ids on disk.
-    place = state.home() / "rootfs" / f"{image}-{built.digest.removeprefix('sha256:')[:16]}-{owner}-{count}"
+    place = state.home() / "rootfs" / f"{image}-{digest.removeprefix('sha256:')[:16]}-{owner}-{count}"
     place.parent.mkdir(parents=True, exist_ok=True)
     if os.geteuid() != 0:
         # An ordinary user is root inside, so a set-user-ID program of the image would be one of the user's own, for
@@ -55,9 +71,7 @@ def rootfs(image: str = STANDARD, *, progress: Progress | None = None) -> Path:
             _remove_earlier(place.parent.glob(f"{image}-{'[0-9a-f]' * 16}-{owner}-{count}"))
             if progress:
                 progress(f"unpack {image}", 0, 1)
-            children.in_child(_unpack, built.tarball, place, owner, count)
-    if image == STANDARD:
-        _known[image, state.home()] = place
+            children.in_child(_unpack, tarball, place, owner, count)
     return place
 
 

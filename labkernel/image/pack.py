@@ -43,7 +43,7 @@ def epoch() -> int:
     return int(os.environ.get("SOURCE_DATE_EPOCH", _EPOCH))
 
 
-class _Digester(io.RawIOBase):
+class Digester(io.RawIOBase):
     """Passes bytes on to a file and hashes them on the way."""
 
     def __init__(self, file: BinaryIO) -> None:
@@ -82,10 +82,10 @@ def pack(
         source.size if isinstance(source, Closure) else sum(info.size for info, _ in _of_directory(source))
     )
     done = 0
-    with _written_at_once(destination) as file:
-        digester = _Digester(file)
+    with written_at_once(destination) as file:
+        digester = Digester(file)
         with (
-            _compressor(digester, compression) as compressed,
+            compressor(digester, compression) as compressed,
             tarfile.open(
                 fileobj=compressed,
                 mode="w|",
@@ -171,7 +171,8 @@ def _walk(directory: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _compressor(file: io.RawIOBase, compression: Compression) -> Iterator[BinaryIO]:
+def compressor(file: io.RawIOBase, compression: Compression) -> Iterator[BinaryIO]:
+    """What is written to the stream that this yields arrives in *file* compressed; twice the same bits."""
     if compression == "none":
         yield cast(BinaryIO, file)
     elif compression == "gzip":
@@ -190,7 +191,8 @@ def _compressor(file: io.RawIOBase, compression: Compression) -> Iterator[Binary
 
 
 @contextlib.contextmanager
-def _written_at_once(destination: Path) -> Iterator[BinaryIO]:
+def written_at_once(destination: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which becomes *destination* when the block ends well, and is gone otherwise."""
     descriptor, name = tempfile.mkstemp(dir=destination.parent, prefix=f".{destination.name}.")
     temporary = Path(name)
     try:

@@ -40,6 +40,10 @@ class UnsafeArchive(ValueError):
         self.entry = entry
         self.reason = reason
 
+    def __reduce__(self) -> tuple[type[UnsafeArchive], tuple[str, str]]:
+        """Say how it is made again on the other end of a pipe: images are unpacked in children."""
+        return UnsafeArchive, (self.entry, self.reason)
+
 
 @dataclass(frozen=True)
 class Limits:

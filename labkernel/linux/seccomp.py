@@ -116,6 +116,13 @@ def default_profile() -> Profile:
     return load(DEFAULT_PROFILE)
 
 
+def named(profile: str) -> Profile | None:
+    """The profile that `--security-opt seccomp=…` names: "default", a file, or "unconfined", which is none."""
+    if profile == "unconfined":
+        return None
+    return default_profile() if profile == "default" else load(profile)
+
+
 def _from_toml(text: str) -> Profile:
     import tomllib  # the launcher, whose memory every container copies, only installs programs
 
