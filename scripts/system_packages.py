@@ -44,6 +44,11 @@ TABLE = (
     Package(
         "busybox-static", "busybox", ("test", "bench"), "one static binary: the smallest root file system"
     ),
+    Package("podman", "podman", ("test",), "runs the images that are made here"),
+    Package("umoci", "umoci", ("test",), "unpacks images for runc and crun, and makes some to be read here"),
+    Package("skopeo", "skopeo", ("test",), "copies images between the forms that there are"),
+    Package("buildah", "buildah", ("test",), "makes images of several layers, to be read here"),
+    Package("docker-registry", "docker-registry", ("test",), "the registry to pull from, on this machine"),
     Package("strace", "strace", ("test",), "shows which system calls a program really makes"),
     Package("shellcheck", "shellcheck", ("test",), "checks the shell scripts (make lint)"),
     Package(

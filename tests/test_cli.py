@@ -35,7 +35,7 @@ PATIENCE = 30.0
 NOTEBOOKS = {
     "00-start-here", "01-process", "02-tarball", "03-chroot", "04-mount-namespace", "05-pivot-root", "06-overlay",
     "07-uts", "09-pid", "10-network", "11-user", "14-enter", "15-cpu", "16-memory", "17-pids-io-freezer",
-    "18-capabilities", "19-seccomp", "20-trimming", "23-python-container",
+    "18-capabilities", "19-seccomp", "20-trimming", "22-oci", "23-python-container",
 }  # fmt: skip
 
 

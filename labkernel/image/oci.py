@@ -468,7 +468,8 @@ class Checked(io.RawIOBase):
         self.seen += len(data)
         self.hash.update(data)
         if self.seen > self.blob.size:
-            raise BadImage(f"{self.what} {self.blob.digest} has more than {self.blob.size} bytes")
+            bomb = "" if self.exact else " (a bomb?)"
+            raise BadImage(f"{self.what} {self.blob.digest} has more than {self.blob.size} bytes{bomb}")
         if not data and len(view):
             self._compare()
         return len(data)
