@@ -13,7 +13,8 @@ import json
 import os
 import platform
 import resource
-from collections.abc import Iterable, Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -176,23 +177,47 @@ def system_calls(profile: seccomp.Profile, kept: Iterable[int]) -> dict[str, Any
     return found | ({} if number is None else {"defaultErrnoRet": number})
 
 
-def write(
-    directory: Path, tarball: Path, content: Mapping[str, Any], *, owner_base: int, same_owner: bool
-) -> None:
-    """Make the bundle: unpack the image's tarball for the ids of the user namespace, and write config.json.
+def make(
+    directory: Path, spec: Spec, tarball: Path, *, profile: str = "default", version: str = "1.0"
+) -> dict[str, Any]:  # fmt: skip
+    """Make the bundle in a new or empty directory: the image's tarball unpacked as `rootfs`, and config.json.
 
-    Raises FileExistsError, and what `image.unpack` raises.
+    The files get the ids that the user namespace has for them. `profile` is of system calls: "default", "unconfined",
+    or a file. Returns what is in config.json. Raises FileExistsError, BadOption, and what `image.unpack` raises.
     """
-    from labkernel.image.unpack import unpack
+    from labkernel import children
 
+    directory = directory.absolute()
     directory.mkdir(parents=True, exist_ok=True)
     if any(directory.iterdir()):
         raise FileExistsError(f"{directory} is there already, and not empty")
-    unpack(tarball, directory / "rootfs", same_owner=same_owner, owner_base=owner_base, allow_setuid=True)
+    facts = children.launcher().facts
+    base = facts["container_map"]
+    # An ordinary user's container has the ids that the user was given, and the user is its root.
+    maps = [IdMap(**one) for one in facts["id_maps"] or [base]]
+    content = config(
+        spec, ids=(0, 0, ()), maps=maps, profile=seccomp.named(profile), version=version,
+        cgroup_version=facts["cgroup_version"] or 2,
+    )  # fmt: skip
+    rootfs = directory / "rootfs"
+    try:
+        children.in_child(_unpack, tarball, rootfs, base["outside"], base["count"])
+        uid, gid, groups = children.in_child(_ids_of, spec.process.user, rootfs)
+    except BaseException:
+        children.in_child(shutil.rmtree, rootfs, ignore_errors=True)
+        raise
+    content["process"]["user"] = {"uid": uid, "gid": gid, "additionalGids": groups}
     (directory / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+    return content
 
 
-def ids_of(user: str, rootfs: str) -> tuple[int, int, list[int]]:
+def _unpack(tarball: Path, place: Path, owner_base: int, owner_count: int) -> None:
+    from labkernel.image.unpack import unpack
+
+    unpack(tarball, place, same_owner=owner_count > 1, owner_base=owner_base, allow_setuid=True)
+
+
+def _ids_of(user: str, rootfs: Path) -> tuple[int, int, list[int]]:
     """The numbers behind a user's name, by the files in `rootfs`. For a child of the lab: it changes its root."""
     from labkernel.walls import look_up_user
 

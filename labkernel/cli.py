@@ -418,30 +418,17 @@ def bundle(
     from pathlib import Path
 
     from labkernel import bundle as bundles
-    from labkernel import children, images
+    from labkernel import images
     from labkernel.container import Container
-    from labkernel.linux import seccomp
-    from labkernel.linux.users import IdMap
 
     _clean_up_when_told_to_end()
     asked = _for_container(name, command, options)
     spec = Container(name, **asked).spec
     with progress_bar() as progress:
-        place = images.rootfs(name, progress=progress)
-        image = images.stored(name)
-    facts = children.launcher().facts
-    base = facts["container_map"]
-    # An ordinary user's container has the ids that the user was given, and the user is its root.
-    maps = [IdMap(**one) for one in facts["id_maps"] or [base]]
-    content = bundles.config(
-        spec, ids=children.in_child(bundles.ids_of, spec.process.user, str(place)), maps=maps,
-        profile=seccomp.named(asked.get("seccomp", "default")), cgroup_version=facts["cgroup_version"] or 2,
-        version=oci_version,
-    )  # fmt: skip
-    children.in_child(
-        bundles.write, Path(directory).absolute(), image.tarball, content, owner_base=base["outside"],
-        same_owner=base["count"] > 1,
-    )  # fmt: skip
+        image = images.stored(name, progress=progress)
+    bundles.make(
+        Path(directory), spec, image.tarball, profile=asked.get("seccomp", "default"), version=oci_version
+    )
     click.echo(f"{directory}: runc run --bundle {directory} ID")
     if oci_version == "1.0" and "time" in spec.namespaces:
         click.echo(
