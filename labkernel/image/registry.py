@@ -57,7 +57,7 @@ LONGEST_WAIT = 10.0
 
 REDIRECTS = 5
 _PASSING = (429, 500, 502, 503, 504)
-_CHUNK = 1 << 18
+_CHUNK = 1 << 16
 
 
 class RegistryError(OSError):

@@ -45,7 +45,10 @@ WRONG: dict[str, list[str]] = {
     "22.3": [
         "def dig(path, tag, name):\n    return None",
         "def dig(path, tag, name):\n    return ''",
-        "def dig(path, tag, name):\n    return (unpacked(Layout.open(path), tag) / name).read_text()",
+        "def dig(path, tag, name):\n    layout = Layout.open(path)\n    found = []\n"
+        "    for one in layout.image(tag).layers:\n        with layout.tarball(one, 1 << 20) as archive:\n"
+        "            for member in archive:\n                if member.name == name:\n"
+        "                    found.append(archive.read(member.size).decode())\n    return found[-1]",
         f"{READ}        with layout.tarball(one, 1 << 20) as archive:\n            for member in archive:\n"
         "                return archive.read(member.size).decode()",
         READ.replace("image(tag).layers", "image(tag).layers[::-1]")
