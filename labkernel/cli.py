@@ -430,6 +430,10 @@ def bundle(
         Path(directory), spec, image.tarball, profile=asked.get("seccomp", "default"), version=oci_version
     )
     click.echo(f"{directory}: runc run --bundle {directory} ID")
+    if closed := [str(one) for one in Path(directory).absolute().parents if not one.stat().st_mode & 0o001]:
+        click.echo(
+            f"{closed[0]} is closed to others, also to the ids of the container: runc may refuse", err=True
+        )
     if oci_version == "1.0" and "time" in spec.namespaces:
         click.echo(
             "left out: the time namespace, for which version 1.0 has no word (--oci-version 1.1)", err=True

@@ -1,7 +1,8 @@
 """Other people's runtimes, where they are installed: what does the same container print under them?
 
-Each runs in a child with a mount namespace of its own, in which its files lie at /mnt: nothing of it is left, and
-Podman takes no long paths. They are tried as root only; for an ordinary user each of them wants to be set up first.
+Each runs in a child with a mount namespace of its own, in which its files lie at /mnt: nothing of it is left, Podman
+takes no long paths, and runc takes no bundle below a directory that is closed to the ids of the container's root.
+They are tried as root only; for an ordinary user each of them wants to be set up first.
 """
 
 from __future__ import annotations
@@ -31,30 +32,30 @@ class Answer:
 
 def run_bundle(name: str, bundle: Path) -> Answer:
     """Run a bundle under runc or crun."""
-    return _tried(name, "--root", "/mnt/state", "run", "--bundle", str(bundle), "labkernel-bundle")
+    words = ("--root", "/mnt/state", "run", "--bundle", "/mnt/bundle", "labkernel-bundle")
+    return _tried(name, *words, bundle=bundle)
 
 
 def run_image(layout: Path, tag: str) -> Answer:
     """Run an image of an OCI layout under Podman, with a store of its own that is removed afterwards."""
-    store = ("--root", "/mnt/root", "--runroot", "/mnt/run", "--storage-driver", "vfs")
+    store = ("--root", "/mnt/store/root", "--runroot", "/mnt/store/run", "--storage-driver", "vfs")
     # Within the limits that this process has: to raise one takes a capability that root may lack in a container.
     limits = ("--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1000:1000")
     how = ("--cgroup-manager", "cgroupfs", "--log-level", "error")
-    return _tried(
-        "podman", *store, *how, "run", *limits, "--rm", "--network", "none", f"oci:{layout}:{tag}"
-    )  # fmt: skip
+    words = ("run", *limits, "--rm", "--network", "none", f"oci:/mnt/layout:{tag}")
+    place = scratch() / "podman"
+    place.mkdir(exist_ok=True)
+    return _tried("podman", *store, *how, *words, store=place, layout=layout)
 
 
-def _tried(name: str, *words: str) -> Answer:
+def _tried(name: str, *words: str, **directories: Path) -> Answer:
     path = shutil.which(name, path=SEARCH_PATH)
     if not path:
         return Answer(None, "not installed here")
     if os.geteuid() != 0:
         return Answer(None, "tried as root only")
-    place = scratch() / f"runtime-{name}"
-    place.mkdir(exist_ok=True)
     try:
-        done: subprocess.CompletedProcess[str] = in_child(_run, place, [path, *words])
+        done: subprocess.CompletedProcess[str] = in_child(_run, [path, *words], directories)
     except subprocess.TimeoutExpired:
         return Answer(None, f"no answer in {PATIENCE:.0f} seconds")
     if done.returncode:
@@ -62,10 +63,13 @@ def _tried(name: str, *words: str) -> Answer:
     return Answer(done.stdout, "ran it")
 
 
-def _run(place: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
+def _run(command: list[str], directories: dict[str, Path]) -> subprocess.CompletedProcess[str]:
     syscalls.unshare(syscalls.CLONE_NEWNS)
     mounts.set_propagation("/", "private")
     if os.path.ismount(UNIFIED) and any(one.version == 1 for one in cgroups.mounts()):
         syscalls.umount2(UNIFIED, syscalls.MNT_DETACH)  # crun refuses a machine with both versions
-    mounts.bind(place, "/mnt")
+    mounts.tmpfs("/mnt")
+    for name, directory in directories.items():
+        Path("/mnt", name).mkdir()
+        mounts.bind(directory, f"/mnt/{name}")
     return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE)
