@@ -25,6 +25,9 @@ class ProofFailed(RuntimeError):
 
 STANDARD = "python"
 
+MOUNT_POINTS = ("proc", "sys", "dev")
+"""Where `walls.build` mounts something, in every container."""
+
 
 def rootfs(image: str = STANDARD, *, progress: Progress | None = None) -> Path:
     """The unpacked root file system of `image`, or `image` itself where it is a directory.
@@ -134,7 +137,18 @@ _known: dict[tuple[str, Path], Path] = {}
 
 
 def _unpack(tarball: Path, place: Path, owner_base: int, owner_count: int) -> None:
-    from labkernel.image.unpack import unpack
+    from labkernel.cleanup import remove_tree
+    from labkernel.image.unpack import UnsafeArchive, unpack
 
     # What is in the store was packed here, or imported and examined: its set-user-ID programs are meant.
     unpack(tarball, place, same_owner=owner_count > 1, owner_base=owner_base, allow_setuid=True)
+    try:
+        for name in MOUNT_POINTS:
+            if not os.path.lexists(place / name):  # an image of a single program has none of them
+                (place / name).mkdir()
+                os.chown(place / name, owner_base, owner_base)
+            elif (place / name).is_symlink() or not (place / name).is_dir():
+                raise UnsafeArchive(name, "it is no directory, and a container has one mounted there")
+    except BaseException:
+        remove_tree(str(place))
+        raise

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import shutil
 import tarfile
 import tempfile
@@ -17,6 +19,7 @@ from labkernel.image import exchange, recipes, store
 from labkernel.image.oci import BadImage, Layout
 from labkernel.image.unpack import UnsafeArchive
 from tests.helpers import own_home
+from tests.ordinary_user import PYTHON, copy_package, ordinary_user
 from tests.others import cli, program, run, runtime
 from tests.test_oci import damage, layout_of, tar
 
@@ -119,6 +122,7 @@ def test_the_tarball_of_a_root_file_system_is_read(tmp_path: Path, option: str) 
         (tar(("out", "-> /etc"), ("out/passwd", "x")), "out"),
         (tar(("../passwd", "x")), r"has a component \.\."),
         (tar(("x", "-> ../../etc")), "leads out"),
+        (tar(("proc", "-> etc"), ("etc", None)), "no directory, and a container has one mounted there"),
     ],
 )
 def test_a_hostile_image_is_refused_and_nothing_is_left(
@@ -275,3 +279,50 @@ def test_what_buildah_made_is_read(busybox: store.Image, tmp_path: Path) -> None
     for source in ("made", "made.tar"):
         exchange.import_image(tmp_path / source, "buildah")
         assert cli("run", "--rm", "buildah").stdout == "hello"
+
+
+# ---------------------------------------------------------------------- an ordinary user
+
+
+def test_an_ordinary_user_exports_imports_bundles_and_runs(tmp_path: Path) -> None:
+    """Ownership inside is right: root's files are root's, and those of user 7 are user 7's."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can make a user; all tests are this user's already")
+    busybox = shutil.which("busybox") or pytest.skip("busybox-static is not installed")
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        archive.add(busybox, "bin/busybox", filter=lambda info: info.replace(uid=0, gid=0, mode=0o755))
+        for name, owner in (("mine", 0), ("theirs", 7)):
+            info = tarfile.TarInfo(name)
+            info.uid = info.gid = owner
+            archive.addfile(info)
+    with ordinary_user() as user:
+        variables = copy_package(user)
+        layout_of(user.home / "layout", out.getvalue(), tar(("more", "more")))
+        user.gets(user.home / "layout")
+
+        def lab(*words: str) -> str:
+            done = user.run(PYTHON, "-m", "labkernel", *words, variables=variables, timeout=180)
+            assert done.returncode == 0, done.stderr.decode()
+            return str(done.stdout.decode())
+
+        assert lab("import", "layout", "box").startswith("box: ")
+        seen = lab(
+            "run", "--rm", "box", "/bin/busybox", "stat", "-c", "%u %n", "/mine", "/theirs", "/bin/busybox"
+        )
+        assert seen == "0 /mine\n7 /theirs\n0 /bin/busybox\n"
+        lab("export", "box", "out")
+        exported = Layout.open(user.home / "out").image("latest")
+        # The same bits as when root does it.
+        exchange.import_image(user.home / "layout", "box")
+        store_image = store.whole("box")
+        assert store_image
+        ours = exchange.export_image(store_image, tmp_path / "out")
+        assert ours.manifest.digest == exported.manifest.digest
+        lab("bundle", "box", "bundle", "--", "/bin/busybox", "true")
+        maps = json.loads((user.home / "bundle/config.json").read_text())["linux"]["uidMappings"]
+        assert maps[0]["hostID"] == user.uid == (user.home / "bundle/rootfs/mine").stat().st_uid
+        assert (user.home / "bundle/rootfs/theirs").stat().st_uid == maps[1]["hostID"] + 7 - maps[1][
+            "containerID"
+        ]
+        lab("clean", "--all")
