@@ -20,7 +20,9 @@ PATIENCE = 180.0
 def run(*command: str | Path, **settings: Any) -> str:
     """What a program prints, which must not fail."""
     words = list(map(str, command))
-    done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, **settings)
+    done: subprocess.CompletedProcess[str] = subprocess.run(
+        words, capture_output=True, text=True, timeout=PATIENCE, **settings
+    )
     assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
     return done.stdout
 

@@ -431,7 +431,8 @@ NAMES = st.sampled_from(["a", "b", "a/a", "a/b", "b/a", "a/a/a"])
 @settings(max_examples=150, deadline=None)
 def test_merging_is_applying_one_after_the_other(layers: list[dict[str, str]]) -> None:
     """The specification's own words, done with a dictionary: remove what is hidden, then add."""
-    tarballs, model = [], {}
+    tarballs: list[bytes] = []
+    model: dict[str, str | None] = {}
     for number, layer in enumerate(layers):
         entries: list[Entry] = []
         for path, kind in sorted(layer.items()):
