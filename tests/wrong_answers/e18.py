@@ -28,6 +28,7 @@ WRONG: dict[str, list[str]] = {
         f"{SERVE}{BOUND}{leave_root(65534, ONE)}{RUN}",
         f"{SERVE}{BOUND}    os.setgroups([0])\n    os.setresgid(65534, 65534, 65534)\n{leave_root(65534, ONE)}{RUN}",
         f"{SERVE}    capabilities.limit_to({ONE})\n{RUN}",
+        f"{SERVE}    capabilities.limit_to({ONE})\n{GROUPS}{RUN}",
         f"{SERVE}    Path('/proc/sys/net/ipv4/ip_unprivileged_port_start').write_text('0')\n"
         f"    capabilities.drop_bounding(())\n{GROUPS}    os.setresuid(65534, 65534, 65534)\n{RUN}",
         f"{SERVE}{BOUND}    server = socket.socket()\n    server.bind(('127.0.0.1', 80))\n    server.listen()\n"

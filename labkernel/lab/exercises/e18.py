@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -86,9 +87,19 @@ def _be_server(answer: Callable[[list[str]], Any], log: int) -> None:
         answer(list(SERVER))
         os.write(log, b"came back")
     except BaseException as error:
-        os.write(log, f"failed {calm.in_words(error)}".encode())
+        os.write(log, f"failed in {_where(error)}: {calm.in_words(error)}".encode())
     finally:
         os._exit(125)
+
+
+def _where(error: BaseException) -> str:
+    """The reader's own function in which it failed: of an errno alone nobody knows which call it was."""
+    own = [
+        frame.f_code.co_name
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+        if not frame.f_globals.get("__name__", "").startswith("labkernel.")
+    ]
+    return own[-1] if own else "your function"
 
 
 def _wait_for_listeners(start: int, log: int) -> list[int]:
@@ -105,7 +116,7 @@ def _wait_for_listeners(start: int, log: int) -> list[int]:
         time.sleep(0.02)
     text = os.pread(log, 1 << 16, 0).decode(errors="replace")
     if "failed " in text:
-        raise NotYet(f"it failed: {text.rpartition('failed ')[2]}")
+        raise NotYet(f"it failed {text.rpartition('failed ')[2]}")
     if text.endswith("came back"):
         raise NotYet("your function came back, and nobody listens: it was to become the program")
     if "PermissionError" in text:
@@ -133,7 +144,7 @@ def _judge_process(pid: int) -> None:
     for name, kind in (("Uid", "user"), ("Gid", "group")):
         strangers = {int(word) for word in status[name].split()} - {NOBODY}
         if strangers:
-            raise NotYet(f"the {kind} of the server is {min(strangers)}, or can be")
+            raise NotYet(f"the server is, or can become, {kind} {min(strangers)}, and not only {NOBODY}")
     if others := {int(word) for word in status["Groups"].split()} - {NOBODY}:
         raise NotYet(f"the server is still a member of group {min(others)}")
     sets = capabilities.read(pid)
