@@ -83,6 +83,17 @@ def _well_made(program: bytes, family: int) -> None:
     for name in ("read", "exit_group", "dup", "getpgid"):
         if _answer(program, native, seccomp.call_number(MACHINE, name), family) != ALLOWED:
             raise NotYet(f"{name} is refused, too, at least when its first argument has the family's number")
+    number = seccomp.call_number(MACHINE, "socket")
+    for words, one in (
+        ("the", family),
+        ("another", next(int(other) for other in FAMILIES if other != family)),
+    ):
+        if _answer(program, native, number, one) in (KILL_PROCESS, seccomp.KILL_THREAD):
+            raise NotYet(
+                f"a socket of {words} family ends the process: `seccomp.path` shows which way it takes"
+            )
+    if _answer(program, native, number, family) == ALLOWED:
+        raise NotYet("a socket of the family is not refused")
     number = seccomp.call_number(seccomp.COMPANIONS[MACHINE], "socket")
     if _answer(program, companion, number, family) == ALLOWED:
         raise NotYet("a call for the other architecture, which has other numbers, gets the socket")
@@ -211,7 +222,8 @@ def exactly(answer: Callable[[list[list[str]]], Any]) -> str:
     for number, command in enumerate(days, 1):
         done = run_answer(_behind, program, command)
         if done.returncode != DONE:
-            last = (done.stderr.splitlines() or [f"its exit status is {done.returncode}"])[-1]
+            speechless = f"its exit status is {done.returncode}, and it cannot even write why"
+            last = (done.stderr.splitlines() or [speechless])[-1]
             raise NotYet(f"on one of its days the program does not do its work: {last}" if number > 1 else
                          f"the program does not even do its first day's work: {last}")  # fmt: skip
     needed = ANY_DAY.union(*(run_answer(seccomp_notify.trace, command).calls for command in days))
