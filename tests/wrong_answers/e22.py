@@ -4,7 +4,8 @@ START = (
     "def extend(path, old, new, files):\n    layout = Layout.open(path)\n    below = layout.image(old)\n"
     "    added = layout.add_layer_from(io.BytesIO(layer(files)))\n"
 )
-MAKE = "settings=below.settings['config'], created=CREATED, history=[new], tag=new)\n"
+HISTORY = "history=[*(line['created_by'] for line in below.settings['history']), new]"
+MAKE = f"settings=below.settings['config'], created=CREATED, {HISTORY}, tag=new)\n"
 READ = "def dig(path, tag, name):\n    layout = Layout.open(path)\n    for one in layout.image(tag).layers:\n"
 
 WRONG: dict[str, list[str]] = {
@@ -13,7 +14,8 @@ WRONG: dict[str, list[str]] = {
         "    layout.tag(new, layout.image(old).manifest)",
         f"{START}    layout.add_image([added], {MAKE}",
         f"{START}    layout.add_image([added, *below.layers], {MAKE}",
-        f"{START}    layout.add_image([*below.layers, added], created=CREATED, history=[new], tag=new)",
+        f"{START}    layout.add_image([*below.layers, added], created=CREATED, {HISTORY}, tag=new)",
+        f"{START}    layout.add_image([*below.layers, added], {MAKE.replace(HISTORY, 'history=[new]')}",
         f"{START}    layout.add_image([*below.layers, added], {MAKE.replace('tag=new', 'tag=old')}",
         f"{START}    for blob in (layout.path / 'blobs/sha256').iterdir():\n"
         "        if blob.name not in added.blob.digest:\n"
@@ -29,6 +31,7 @@ WRONG: dict[str, list[str]] = {
     "22.2": [
         "def unused(path):\n    return set()",
         "def unused(path):\n    return None",
+        "def unused(path):\n    return {one.name for one in (path / 'blobs/sha256').iterdir()}",
         "def unused(path):\n    return {f'sha256:{one.name}' for one in (path / 'blobs/sha256').iterdir()}",
         "def unused(path):\n    layout = Layout.open(path)\n"
         "    needed = {one.digest for one in layout.tags().values()}\n"
@@ -49,6 +52,11 @@ WRONG: dict[str, list[str]] = {
         "    for one in layout.image(tag).layers:\n        with layout.tarball(one, 1 << 20) as archive:\n"
         "            for member in archive:\n                if member.name == name:\n"
         "                    found.append(archive.read(member.size).decode())\n    return found[-1]",
+        # one layer too high, where the file has been replaced and is deleted in the end
+        "def dig(path, tag, name):\n    layout = Layout.open(path)\n    found = ['']\n"
+        "    for one in layout.image(tag).layers:\n        with layout.tarball(one, 1 << 20) as archive:\n"
+        "            for member in archive:\n                if member.name == name:\n"
+        "                    found.append(archive.read(member.size).decode())\n    return found[:3][-1]",
         f"{READ}        with layout.tarball(one, 1 << 20) as archive:\n            for member in archive:\n"
         "                return archive.read(member.size).decode()",
         READ.replace("image(tag).layers", "image(tag).layers[::-1]")

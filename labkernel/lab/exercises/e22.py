@@ -130,6 +130,8 @@ def _judge_extend(answer: Callable[..., Any], place: Path) -> str:
     for digest in _blobs(layout):
         if Layout.open(layout.path).add(layout.place(digest).read_bytes(), CONFIG).digest != digest:
             raise NotYet("a blob is not named by its digest")
+    if (lines := len(new.settings.get("history", []))) != len(new.layers):
+        raise NotYet(f"for its {len(new.layers)} layers its history has {lines} line{'s' * (lines != 1)}")
     return "3 new blobs, the old layers reused, and merged it shows the new files over the old ones."
 
 
@@ -157,6 +159,8 @@ def _judge_unused(answer: Callable[[Path], Any], place: Path) -> int:
             raise NotYet("something in the layout has changed; only look")
         if not isinstance(said, set | frozenset | list | tuple):
             raise NotYet(f"a set of digests is asked for, and this is {type(said).__name__}")
+        if not all(isinstance(one, str) and one.startswith("sha256:") for one in said):
+            raise NotYet("a digest is a text that begins with sha256: and not all of yours do")
         if too_many := set(said) & needed:
             raise NotYet(f"{_kind(too_many, alive)} that an image with a tag needs is among them")
         if missing := right - set(said):
@@ -185,13 +189,16 @@ def _judge_dig(answer: Callable[[Path, str, str], Any], place: Path) -> None:
         cover = [{f"{directory}/{WHITEOUT}{name}": ""}, {path: _word()}, {f"{WHITEOUT}{directory}": ""}][
             number
         ]
-        layers = [{_word(): _word()}, {path: text}, cover, {_word(): _word()}]
+        later = _word()
+        layers = [{_word(): _word()}, {path: text}, {path: later}, cover, {_word(): _word()}]
         _image(layout, "it", *(_layer(layout, layer) for layer in layers))
         _image(layout, "not-it", _layer(layout, {path: _word()}))
         said = answer(layout.path, "it", path)
         if not isinstance(said, str):
             raise NotYet(f"a text is asked for, and this is {type(said).__name__}")
         if said != text:
+            if said == later:
+                raise NotYet("that is what the file had later: there is a lower layer in which it is")
             shown = _shown(layout, layout.image("it").layers).get(path)
             raise NotYet(
                 "that is what the image shows" if said == shown else "that is not what was in the file"
