@@ -39,13 +39,15 @@ def install(
     *,
     variant: str,
     packages: Iterable[str],
+    with_recommended: Sequence[str] = (),
     excludes: Sequence[str] = (),
     includes: Sequence[str] = (),
 ) -> list[Path]:
     """Fill *root* with a distribution like this machine's; returns the files that say which.
 
-    *variant*: mmdebstrap's name for the packages that are there in any case. *excludes*, *includes*: patterns of
-    paths that dpkg does not unpack, and that it does all the same. Raises BuildError.
+    *variant*: mmdebstrap's name for the packages that are there in any case. *with_recommended*: packages that come
+    last, with what they recommend. *excludes*, *includes*: patterns of paths that dpkg does not unpack, and that it
+    does all the same. Raises BuildError.
     """
     sources = _sources(_codename(), recipe.work)
     cache = recipe.cache / "archives"
@@ -54,6 +56,10 @@ def install(
     # What was downloaded once is not downloaded again; what apt would not download any more is not kept.
     archives = '"$1"/var/cache/apt/archives'
     bring = f"mkdir -p {archives}; cp {cache}/*.deb {archives}/ || true"
+    more = (
+        'APT_CONFIG="$MMDEBSTRAP_APT_CONFIG" apt-get -qq --yes -o APT::Install-Recommends=true '
+        f'-o DPkg::Chroot-Directory="$1" install {" ".join(with_recommended)}'
+    )
     keep = f'APT_CONFIG="$MMDEBSTRAP_APT_CONFIG" apt-get -qq autoclean; rm -f {cache}/*; cp {archives}/*.deb {cache}/'
     with _told(root, tell):
         recipe.run(
@@ -62,7 +68,8 @@ def install(
             '--aptopt=APT::Install-Recommends "false"', '--aptopt=Acquire::Languages "none"',
             *(f"--dpkgopt={path}" for path in paths),
             # /bin is a link to /usr/bin from the start: else a package that makes it one brings the whole of perl.
-            f"--hook-dir={MERGED_USR}", "--skip=essential/unlink", f"--setup-hook={bring}", f"--customize-hook={keep}",
+            f"--hook-dir={MERGED_USR}", "--skip=essential/unlink", f"--setup-hook={bring}",
+            *([f"--customize-hook={more}"] if with_recommended else []), f"--customize-hook={keep}",
             "", root, *sources,
         )  # fmt: skip
     tell("tidy up", 0, 1)
