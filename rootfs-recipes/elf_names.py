@@ -1,4 +1,4 @@
-"""A shared library without the names that nobody asks for.
+"""A shared library without the names that nobody asks for, and without what nobody unwinds.
 
 A library lists every function that others may call, for the dynamic loader to find it by its name. In Debian's
 libnode these are 57 000, for modules written in C++: 7 MB of names, where the program `node` asks for some dozens.
@@ -7,7 +7,9 @@ strip(1) leaves them alone, since it cannot know who will ask; in an image, in w
 The tables of names stand first in the file, before the relocations. They are written anew, with what the library
 itself imports and what is asked for; the segments behind them move up in the file, but not in memory, so that no
 other address changes. A relocation by a name that is gone becomes one by its address, as the linker's -Bsymbolic
-would have made it. Source: elf(5); the System V ABI, "Dynamic Linking"; glibc's elf/dl-reloc.c and dl-lookup.c.
+would have made it. And where a library neither throws nor catches
+C++ exceptions (libnode does not), the tables for it go, too, 2.6 MB there: a debugger would miss them.
+Source: elf(5); the System V ABI, "Dynamic Linking"; glibc's elf/dl-reloc.c and dl-lookup.c.
 """
 
 from __future__ import annotations
@@ -24,17 +26,21 @@ DYNAMIC = struct.Struct("<qQ")
 SYMBOL = struct.Struct("<IBBHQQ")  # name, type, visibility, section, value, size
 RELOCATION = struct.Struct("<QQq")  # address, symbol and type, addend
 
-PT_LOAD, PT_DYNAMIC, PT_NOTE = 1, 2, 4
+PT_LOAD, PT_DYNAMIC, PT_NOTE, PT_GNU_EH_FRAME, PT_GNU_PROPERTY = 1, 2, 4, 0x6474E550, 0x6474E553
 DT_NEEDED, DT_PLTRELSZ, DT_STRTAB, DT_SYMTAB, DT_RELA, DT_RELASZ, DT_STRSZ = 1, 2, 5, 6, 7, 8, 10
 DT_SONAME, DT_RPATH, DT_PLTREL, DT_JMPREL, DT_RUNPATH = 14, 15, 20, 23, 29
-DT_GNU_HASH, DT_VERSYM, DT_VERNEED, DT_VERNEEDNUM, DT_VERDEF = (
+DT_GNU_HASH, DT_VERSYM, DT_VERNEED, DT_VERNEEDNUM, DT_VERDEF, DT_VERDEFNUM = (
     0x6FFFFEF5, 0x6FFFFFF0, 0x6FFFFFFE, 0x6FFFFFFF, 0x6FFFFFFC,
+    0x6FFFFFFD,
 )  # fmt: skip
 
 # Of each machine: a 64-bit address, an address in the table of globals, one in that of functions; the one without name.
 TYPES = {62: (1, 6, 7, 8), 183: (257, 1025, 1026, 1027)}
 
 PAGE = 0x1000
+
+UNWINDING = ("_Unwind_", "__cxa_throw", "__cxa_rethrow", "__cxa_begin_catch", "__gxx_personality")
+"""Functions of which a library calls one that throws or catches exceptions."""
 
 
 class NotThisOne(ValueError):
@@ -89,8 +95,8 @@ class _Library:
             yield self.text(entry[0]), entry
 
     def without(self, asked_for: Collection[str]) -> bytes:
-        if self.header[2] not in TYPES or DT_VERDEF in self.values or DT_GNU_HASH not in self.values:
-            raise NotThisOne("another machine, or versions of its own")
+        if self.header[2] not in TYPES or DT_GNU_HASH not in self.values:
+            raise NotThisOne("another machine, or an older table of names")
         *named, nameless = TYPES[self.header[2]]
         data = bytearray(self.data)
         symbols = [entry for _, entry in self.symbols()]
@@ -127,6 +133,7 @@ class _Library:
         needed = self.versions_needed(texts)
         hashed = _hash_table([self.text(symbols[n][0]) for n in exports], len(imports))
         changed = {DT_RELASZ: size}
+        defined = {DT_VERDEF: self.versions_defined(texts)} if DT_VERDEF in self.values else {}
         for tag in (DT_SONAME, DT_RPATH, DT_RUNPATH):
             if tag in self.values:
                 changed[tag] = texts.add(self.text(self.values[tag]))
@@ -137,6 +144,7 @@ class _Library:
             DT_STRTAB: bytes(texts.data),
             DT_VERSYM: version,
             DT_VERNEED: needed,
+            **defined,
         }
         changed[DT_STRSZ] = len(texts.data)
 
@@ -159,29 +167,79 @@ class _Library:
                 dynamic += DYNAMIC.pack(tag, changed.get(tag, value))
         data[self.dynamic_at : self.dynamic_at + len(dynamic)] = dynamic
 
-        # The first segment becomes two, with nothing between them in the file: its header, and what begins at `begin`.
-        moved = begin - PAGE
-        first = next(segment for segment in self.segments if segment[0] == PT_LOAD)
+        # The first segment becomes two, with nothing between them: its header, and what begins at `begin`.
+        first, *others = (segment for segment in self.segments if segment[0] == PT_LOAD)
         if first[2] or first[3] or not first[5] > start:
             raise NotThisOne("the relocations are not in the first segment")
-        rest = first[5] - begin
-        segments = [
-            (PT_LOAD, first[1], 0, 0, 0, PAGE, PAGE, first[7]),
-            (PT_LOAD, first[1], PAGE, begin, begin, rest, rest, first[7]),
-            *(
-                (kind, flags, max(offset - moved, 0), *others)
-                for kind, flags, offset, *others in self.segments
-                if (kind, flags, offset, *others) != first and kind != PT_NOTE
+        loaded = [
+            ((*first[:3], 0, 0, PAGE, PAGE, PAGE), bytes(PAGE)),
+            (
+                (*first[:3], begin, begin, first[5] - begin, first[5] - begin, PAGE),
+                blob + data[start : first[5]],
             ),
+            *((segment, bytes(data[segment[2] : segment[2] + segment[5]])) for segment in others),
         ]
-        end = max(segment[2] + segment[5] for segment in self.segments if segment[0] == PT_LOAD)
+        unwound = next((segment for segment in self.segments if segment[0] == PT_GNU_EH_FRAME), None)
+        if unwound and not any(self.text(symbols[n][0]).startswith(UNWINDING) for n in imports):
+            loaded = [
+                (_shorter(*one, unwound[3]) if self.frames_end(one[0], unwound) else one) for one in loaded
+            ]
+        else:
+            unwound = None
+        gone = {PT_LOAD, PT_NOTE, PT_GNU_PROPERTY} | ({PT_GNU_EH_FRAME} if unwound else set())
+        return self.laid_out(loaded, gone)
+
+    def laid_out(self, loaded: list[tuple[tuple[int, ...], bytes]], without: set[int]) -> bytes:
+        """The file: what is loaded, one after the other, and the header that says so."""
+        file = bytearray()
+        segments = []
+        for segment, content in loaded:
+            file += bytes((segment[3] - len(file)) % PAGE)
+            segments.append((*segment[:2], len(file), *segment[3:]))
+            file += content
+        for kind, flags, _, *rest in (one for one in self.segments if one[0] not in without):
+            places = [
+                at + rest[0] - start
+                for _, _, at, start, _, size, *_ in segments
+                if start <= rest[0] < start + size
+            ]
+            segments.append((kind, flags, places[0] if rest[0] and places else 0, *rest))
         head = list(self.header)
         head[6] = head[11] = head[12] = head[13] = 0  # no table of sections: linkers and debuggers read it
         head[5], head[10] = HEADER.size, len(segments)
         front = HEADER.pack(*head) + b"".join(SEGMENT.pack(*segment) for segment in segments)
         if len(front) > PAGE:
             raise NotThisOne("too many segments")
-        return front + bytes(PAGE - len(front)) + blob + bytes(data[start:end])
+        file[: len(front)] = front
+        return bytes(file)
+
+    def frames_end(self, segment: tuple[int, ...], unwound: tuple[int, ...]) -> bool:
+        """Whether the tables for unwinding are the last in this segment: their index, and then they themselves."""
+        if not segment[3] <= unwound[3] < segment[3] + segment[5]:
+            return False
+        offset = self.header[6]
+        sections = [struct.unpack_from("<IIQQQQ", self.data, offset + 64 * n) for n in range(self.header[12])]
+        inside = [one for one in sections if unwound[3] <= one[3] < segment[3] + segment[5]]
+        if len(inside) != 2:
+            raise NotThisOne("something stands behind the tables for unwinding")
+        return True
+
+    def versions_defined(self, texts: _Texts) -> bytes:
+        """The table of the versions that names of its own have, with the places of its texts in *texts*."""
+        start = self.offset(self.values[DT_VERDEF])
+        table = bytearray()
+        at = 0
+        for _ in range(self.values[DT_VERDEFNUM]):
+            _, _, _, count, _, name, following = struct.unpack_from("<HHHHIII", self.data, start + at)
+            table.extend(bytes(max(0, at + name + 8 * count - len(table))))
+            table[at : at + 20] = self.data[start + at : start + at + 20]
+            place = at + name
+            for _ in range(count):
+                text, further = struct.unpack_from("<II", self.data, start + place)
+                struct.pack_into("<II", table, place, texts.add(self.text(text)), further)
+                place += further
+            at += following
+        return bytes(table)
 
     def versions_needed(self, texts: _Texts) -> bytes:
         """The table of the versions that the imports are to have, with the places of its texts in *texts*."""
@@ -202,6 +260,12 @@ class _Library:
                 struct.pack_into("<I", table, place + 8, texts.add(self.text(version)))
             at += following
         return bytes(table)
+
+
+def _shorter(segment: tuple[int, ...], content: bytes, end: int) -> tuple[tuple[int, ...], bytes]:
+    """A segment that ends in memory at *end*."""
+    size = end - segment[3]
+    return (*segment[:5], size, size, *segment[7:]), content[:size]
 
 
 class _Texts:

@@ -30,6 +30,11 @@ LEFT_OUT = {
     "ajv/dist/*": "the same again, for browsers", "uri-js/dist/esnext/*": "the same again, in another dialect",
     "psl/data/*": "what psl/dist was made of", "psl/dist/*umd*": "the same again, for browsers",
     "psl/dist/*.mjs": "the same again, in another dialect",
+    "engine.io-client/engine.io.js": "the same again, for browsers", "socket.io-client/dist/*slim*": "not asked for",
+    "socket.io-client/dist/socket.io.js": "the min.js is served", "*.jst": "what ajv/lib/dotjs was made of",
+    "lodash/lodash.js": "what lodash/dist was made of", "tweetnacl/nacl.js": "the slow one of two",
+    "tweetnacl/*.min.js": "the same again, for browsers", "uri-js/*.min.js": "the same again, for browsers",
+    "punycode/*.es6.js": "the same again, in another dialect", "*.patch": "how it was changed", "*/tests.js": "tests",
     "lodash/dist/*.min.js": "the same again, for browsers", "lodash/dist/lodash.[cu]*.js": "the same, for old browsers",
     "shout/client/js/libs/*": "what libs.min.js was made of",
     "*.eot": "fonts for old browsers; all are there as woff", "*.ttf": "the same", "*/fonts/*.svg": "the same",
@@ -38,8 +43,9 @@ LEFT_OUT = {
 
 LANGUAGES_LEFT_OUT = {
     r"(\w+/)?(?!en\.|en_US\.|res_index\.)[a-z]{2,3}(_\w*)?\.res": "every language but English, as node's small-icu",
-    r"brkitr/.*(dict|_cj|_el|_fi_sv)\b.*": "where words and lines end in other languages",
+    r"brkitr/.*": "where words and lines end",
     r"rbnf/.*": "numbers in words",
+    r"(lang|region)/.*": "what languages and countries are called",
     r"translit/.*": "from one script into another",
     r".*\.cnv": "encodings from before Unicode; for these shout has iconv-lite",
     r"unames\.icu|confusables\.cfu|rfc\d+\w*\.spp": "names of characters, which look alike, which go into passwords",
@@ -65,7 +71,7 @@ def build(root: Path, recipe: Recipe, tell: Progress) -> list[Path]:
     unpack(tarball, root)
     tarball.unlink()
     leave_out_languages(next(root.glob("usr/lib/*/libicudata.so.*")), recipe)
-    leave_out_names(next(root.glob("usr/lib/*/libnode.so.*")), content, root)
+    leave_out_names(content, root)
     return [Path(function.__code__.co_filename) for function in (closure, elf.resolve, names)]
 
 
@@ -102,14 +108,16 @@ def add_modules(content: Closure, naive: Path) -> None:
             content.file(f"{MODULES}/{name}", file, "shout")
 
 
-def leave_out_names(library: Path, content: Closure, root: Path) -> None:
-    """Leave out of the library the names of functions that no program or library of the image asks for."""
+def leave_out_names(content: Closure, root: Path) -> None:
+    """Leave out of node's libraries the names of functions that no program or library of the image asks for."""
     files = [root / entry.path[1:] for entry in content if entry.why == NODE]
-    try:
-        asked_for = names([file for file in files if file != library])
-        library.write_bytes(without_names(library.read_bytes(), asked_for))
-    except NotThisOne as reason:
-        print(f"{library.name} stays as it is: {reason}")
+    listed = {file: names([file]) for file in files}
+    for file in files:
+        others = set().union(*(found for other, found in listed.items() if other != file))
+        try:
+            file.write_bytes(without_names(file.read_bytes(), others))
+        except NotThisOne as reason:
+            print(f"{file.name} stays as it is: {reason}")
 
 
 def leave_out_languages(library: Path, recipe: Recipe) -> None:
