@@ -95,8 +95,10 @@ class _Library:
             yield self.text(entry[0]), entry
 
     def without(self, asked_for: Collection[str]) -> bytes:
-        if self.header[2] not in TYPES or DT_GNU_HASH not in self.values:
-            raise NotThisOne("another machine, or an older table of names")
+        if self.header[2] not in TYPES:
+            raise NotThisOne("another machine")
+        if not {DT_GNU_HASH, DT_RELA, DT_JMPREL, DT_VERSYM} <= set(self.values):
+            raise NotThisOne("it calls nobody, or has an older table of names")
         *named, nameless = TYPES[self.header[2]]
         data = bytearray(self.data)
         symbols = [entry for _, entry in self.symbols()]
