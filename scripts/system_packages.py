@@ -57,6 +57,9 @@ TABLE = (
     Package("qemu-utils", "qemu-img", ("test",), "converts the disk of that box"),
     Package("xorriso", "xorriso", ("test",), "makes the disk from which the box's cloud-init reads"),
     Package("gnupg", "gpg", ("test",), "checks Ubuntu's signature before a box is packed"),
+    Package(
+        "kconfig-frontends-nox", "kconfig-conf", ("test",), "Kconfig itself, to compare our defconfigs with"
+    ),
     Package("curl", "curl", ("test",), "downloads the image for the box; in the tests from this machine"),
     Package("chromium", "chromium", ("browser",), "the browser in which the notebooks and widgets are tried"),
 )
@@ -69,7 +72,9 @@ def table() -> list[Package]:
     wanted: dict[str, list[str]] = {}
     for file in sorted(RECIPES.glob("*/recipe.toml")):
         recipe = tomllib.loads(file.read_text())
-        for name in recipe.get("needs", ()):
+        for name in (
+            () if recipe.get("by_hand") else recipe.get("needs", ())
+        ):  # that one says itself what it lacks
             wanted.setdefault(name, []).append(recipe["name"])
     return [*TABLE, *(Package(name, "", ("recipes",), f"for {', '.join(of)}") for name, of in wanted.items())]
 
