@@ -97,6 +97,14 @@ def test_the_release_is_pinned(shared: ModuleType) -> None:
 # ---------------------------------------------------------------------- the defconfigs
 
 
+def test_the_facts_about_symbols_fit_together() -> None:
+    named = {name for one in RULES.symbols.values() for name in one.selects}
+    for expression in [*(one.depends for one in RULES.symbols.values()), *RULES.needs.values()]:
+        named |= set(re.findall(r"BR2_\w+", expression))
+    assert named <= set(RULES.symbols)
+    assert {one.choice for one in RULES.symbols.values()} - {""} == set(RULES.choices) == set(RULES.needs)
+
+
 @every_defconfig
 def test_every_symbol_is_known_and_no_line_is_lost(path: Path) -> None:
     lines = wanted(path.name)

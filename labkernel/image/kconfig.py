@@ -101,30 +101,28 @@ def settle(rules: Rules, wanted: Mapping[str, str]) -> Config:
     """
     config: Config = {}
     while True:
-        before = dict(config)
-        config = {
-            name: value
-            for symbol in rules.symbols.values()
-            for name, value in _of(symbol, rules, wanted, before)
-        }
+        before = config
+        on = [symbol for name, symbol in rules.symbols.items() if before.get(name) == "y"]
+        selected = {name for symbol in on for name in symbol.selects}
+        values = {name: _value(symbol, rules, wanted, before) for name, symbol in rules.symbols.items()}
+        values |= dict.fromkeys(selected, "y")
+        config = {name: value for name, value in values.items() if value}
         if config == before:
             return config
 
 
-def _of(symbol: Symbol, rules: Rules, wanted: Mapping[str, str], now: Config) -> Iterable[tuple[str, str]]:
-    visible = bool(symbol.prompt) and holds(symbol.depends, now)
+def _value(symbol: Symbol, rules: Rules, wanted: Mapping[str, str], now: Config) -> str:
+    """The value of a symbol that nothing selects, by the values of the others now; "" where it is not visible."""
+    possible = holds(symbol.depends, now)
+    visible = bool(symbol.prompt) and possible
     if symbol.choice:
         visible = visible and holds(rules.needs[symbol.choice], now)
         value = "y" if visible and _chosen(symbol.choice, rules, wanted, now) == symbol.name else "n"
     elif visible and symbol.name in wanted:
         value = wanted[symbol.name]
     else:
-        value = _first(symbol.default, now) if holds(symbol.depends, now) else ""
-        value = value or ("n" if symbol.kind == "bool" else "")
-    if any(now.get(one.name) == "y" and symbol.name in one.selects for one in rules.symbols.values()):
-        value = "y"
-    if value and (visible or value != "n"):
-        yield symbol.name, value
+        value = (_first(symbol.default, now) if possible else "") or ("n" if symbol.kind == "bool" else "")
+    return value if visible or value != "n" else ""
 
 
 def _chosen(choice: str, rules: Rules, wanted: Mapping[str, str], now: Config) -> str:
