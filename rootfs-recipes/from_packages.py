@@ -49,7 +49,7 @@ def install(
     last, with what they recommend. *excludes*, *includes*: patterns of paths that dpkg does not unpack, and that it
     does all the same. Raises BuildError.
     """
-    sources = _sources(_codename(), recipe.work)
+    sources = host_sources(codename(), recipe.work)
     cache = recipe.cache / "archives"
     cache.mkdir(exist_ok=True)
     paths = [f"path-exclude={pattern}" for pattern in excludes] + [f"path-include={one}" for one in includes]
@@ -102,14 +102,15 @@ def _told(root: Path, tell: Progress) -> Iterator[None]:
         watcher.join()
 
 
-def _codename() -> str:
+def codename() -> str:
+    """This machine's distribution, by the name that its sources have: "bookworm". Raises BuildError."""
     found = re.search(r'^VERSION_CODENAME="?([a-z]+)', OS_RELEASE.read_text(), re.MULTILINE)
     if not found:
         raise BuildError(f"{OS_RELEASE} does not say VERSION_CODENAME: this is no Debian or Ubuntu")
     return found[1]
 
 
-def _sources(codename: str, work: Path) -> list[Path]:
+def host_sources(codename: str, work: Path) -> list[Path]:
     """The sources of the distribution itself among those of apt, others' left out, in files of both formats.
 
     Source: man 5 sources.list: one line each, or paragraphs.
