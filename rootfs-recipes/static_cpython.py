@@ -136,20 +136,26 @@ class Compiler:
         triplet = subprocess.run(["gcc", "-print-multiarch"], capture_output=True, text=True).stdout.strip()
         for name, place in {"linux": "", "asm-generic": "", "asm": triplet}.items():
             (headers / name).symlink_to(Path("/usr/include", place, name))
-        self.cc = recipe.work / "musl-cc"
-        # Debian's gcc answers for glibc, and CPython's configure takes that for a contradiction. And libtool thinks
-        # that it knows better than its caller what "-static" means: so the compiler brings it along.
-        self.cc.write_text('#!/bin/sh\n[ "$*" = --print-multiarch ] || exec musl-gcc -static -no-pie "$@"\n')
-        self.cc.chmod(0o755)
+        # Debian's gcc answers for glibc, and CPython's configure takes that for a contradiction. What is said here and
+        # not in CFLAGS is not written down in what comes out: OpenSSL tells its flags, and paths differ.
+        script = f"""\
+#!/bin/sh
+[ "$*" = --print-multiarch ] && exit
+exec musl-gcc -static -no-pie -isystem {headers} -ffile-prefix-map={recipe.work}=. "$@"
+"""
+        programs = recipe.work / "bin"
+        programs.mkdir()
+        (programs / "musl-cc").write_text(script)
+        (programs / "musl-cc").chmod(0o755)
         self.environment = {
             **os.environ,
-            "CC": str(self.cc),
-            "CFLAGS": f"{flags} -isystem {headers} -ffile-prefix-map={recipe.work}=.",
+            "CC": "musl-cc",
+            "CFLAGS": flags,
             "LDFLAGS": link,
             "PKG_CONFIG_LIBDIR": "/nowhere",  # what it finds is made for glibc
             "CCACHE_DIR": str(recipe.cache / "ccache"),
             "CCACHE_BASEDIR": str(recipe.work),
-            "PATH": f"/usr/lib/ccache:{os.environ['PATH']}",  # Debian's ccache has there a "gcc" of its own
+            "PATH": f"{programs}:/usr/lib/ccache:{os.environ['PATH']}",  # Debian's ccache has there a "gcc" of its own
         }
 
     def answers(self, options: Sequence[str]) -> Path:

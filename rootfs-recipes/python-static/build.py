@@ -50,7 +50,7 @@ def static_dl(compiler: static.Compiler, source: Path, libraries: Path) -> None:
     """In place of musl's libdl.a, which is empty."""
     flags = compiler.environment["CFLAGS"].split()
     compiled = compiler.recipe.work / "static_dl.o"
-    compiler.run("compile static_dl.c", source, compiler.cc, *flags, "-c", "static_dl.c", "-o", compiled)
+    compiler.run("compile static_dl.c", source, "musl-cc", *flags, "-c", "static_dl.c", "-o", compiled)
     compiler.run("compile static_dl.c", source, "ar", "rcD", libraries / "lib/libdl.a", compiled)
 
 
@@ -76,9 +76,7 @@ def sqlite3(compiler: static.Compiler, source: Path, libraries: Path) -> None:
     compiler.make("put SQLite together", source, "sqlite3.c")
     settings = ("-DSQLITE_THREADSAFE=1", "-DSQLITE_OMIT_LOAD_EXTENSION", "-DSQLITE_ENABLE_FTS5")
     flags = compiler.environment["CFLAGS"].split()
-    compiler.run(
-        "compile SQLite", source, compiler.cc, *flags, *settings, "-c", "sqlite3.c", "-o", "sqlite3.o"
-    )
+    compiler.run("compile SQLite", source, "musl-cc", *flags, *settings, "-c", "sqlite3.c", "-o", "sqlite3.o")
     compiler.run("compile SQLite", source, "ar", "rcD", "libsqlite3.a", "sqlite3.o")
     take(source, libraries, "libsqlite3.a", "sqlite3.h")
 
