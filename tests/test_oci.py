@@ -10,6 +10,7 @@ import json
 import os
 import tarfile
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labkernel.image.layer import OPAQUE
-from labkernel.image.merge import LIMITS, Merged, merge
+from labkernel.image.merge import Merged, merge
 from labkernel.image.oci import (
     CONFIG,
     INDEX,
@@ -35,8 +36,9 @@ from labkernel.image.oci import (
     check_digest,
     to_json,
 )
-from labkernel.image.tarball import Tarball, open_tarball
-from labkernel.image.unpack import Limits, UnsafeArchive, unpack
+from labkernel.image.tarball import LIMITS, Limits, Tarball, open_tarball
+from labkernel.image.unpack import UnsafeArchive, unpack
+from tests.test_unpack import file, header, pax
 
 Entry = tuple[str, str | None]
 """A path and its content; a directory has none, and "-> x" is a symbolic link, "= x" a hard link."""
@@ -200,6 +202,29 @@ def test_damaged_blobs_are_refused(tmp_path: Path, which: str, how: str, said: s
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["index.json", "oci-layout", "blobs", "blobs/sha256"])
+def test_a_layout_does_not_lead_elsewhere(tmp_path: Path, name: str) -> None:
+    layout, _ = layout_of(tmp_path / "a", tar(("a", "1")))
+    (layout.path / name).rename(tmp_path / "elsewhere")
+    (layout.path / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BadImage, match=r"cannot be read|is a symbolic link"):
+        Layout.open(layout.path).image()
+    (layout.path / name).unlink()
+    if "." in name or name == "oci-layout":
+        os.mkfifo(layout.path / name)
+        with pytest.raises(BadImage, match=r"is no file|there is no file"):
+            Layout.open(layout.path).image()
+
+
+@pytest.mark.parametrize("annotations", [{"org.opencontainers.image.ref.name": ["x"]}, {"a": 1}, "x", [1]])
+def test_annotations_that_are_no_texts(tmp_path: Path, annotations: Any) -> None:
+    layout, image = layout_of(tmp_path / "a", tar(("a", "1")))
+    index = {"manifests": [image.manifest.as_json() | {"annotations": annotations}]}
+    (layout.path / "index.json").write_bytes(to_json(index))
+    with pytest.raises(BadImage, match="its annotations are"):
+        layout.image("latest")
+
+
 @pytest.mark.parametrize("compression", ["gzip", "zstd", "none"])
 def test_a_layer_has_to_be_what_the_configuration_says(tmp_path: Path, compression: Any) -> None:
     """The blob may be right and another one than the configuration means: the diff_id tells."""
@@ -312,6 +337,7 @@ BASE = (("etc", None), ("etc/passwd", "root"), ("etc/motd", "hello"), ("cache", 
         ([("etc/.wh.nothing", "")], {}),
         ([("etc/.wh.motd", ""), ("etc/motd", "again")], {"etc/motd": "again"}),
         ([(".wh.etc", ""), (".wh.cache", "")], dict.fromkeys([name for name, _ in BASE], ...)),
+        ([("cache", "a file"), (".wh.nothing", "")], {"cache": "a file", "cache/one": ...}),
         ([(OPAQUE, "")], dict.fromkeys([name for name, _ in BASE], ...)),
     ],
 )  # fmt: skip
@@ -319,6 +345,11 @@ def test_what_a_layer_hides(tmp_path: Path, above: Sequence[Entry], expected: di
     merged(tmp_path, tar(*BASE), tar(*above))
     wanted: dict[str, Any] = dict(BASE) | expected
     assert seen(tmp_path) == {name: content for name, content in wanted.items() if content is not ...}
+
+
+def test_what_a_hidden_file_has_replaced_does_not_come_back(tmp_path: Path) -> None:
+    merged(tmp_path, tar(*BASE), tar(("cache", "a file")), tar(("cache", None)))
+    assert seen(tmp_path) == dict(BASE[:3]) | {"cache": None}
 
 
 def test_the_same_layers_give_the_same_bits_and_one_layer_its_own(tmp_path: Path) -> None:
@@ -338,7 +369,7 @@ def test_a_hard_link_lives_on_with_the_content(tmp_path: Path) -> None:
     merged(tmp_path, lower, tar((".wh.b", "")))
     assert seen(tmp_path) == {"a": "content", "c": "= a"}
     with pytest.raises(
-        UnsafeArchive, match="a hard link to a of a layer below, which another layer has replaced"
+        UnsafeArchive, match="a hard link to 'a' of a layer below, which another layer has replaced"
     ):
         merged(tmp_path, tar(("a", "1")), tar(("b", "= a")), tar(("a", "2")))
     merged(tmp_path, tar(("a", "1")), tar(("b", "= a")))
@@ -370,6 +401,16 @@ def device_as_whiteout() -> bytes:
         (tar((".wh.etc", None)), "a whiteout that is no empty file"),
         (device_as_whiteout(), "a whiteout that is no empty file"),
         (tar(("a", "x"))[:700], "cut short"),
+        (tar(("a", "1"), ("a", "2")), "such an entry already"),
+        (tar(("a", "= b"), ("b", "= a"), ("c", "= a")), "which comes after it"),  # a circle
+        (tar(("a", "= a")), "which comes after it"),
+        (tar(("etc/.wh.x/file", "x")), "a directory with the name of a whiteout"),
+        (tar(("a\x1b[2J", "x")), "control characters"),
+        (tar(("d/" * 2100 + "f", "x")), "longer than the kernel"),
+        (tar(("d/" * 150 + "f", "x")), "deeper than"),
+        (pax(mtime="nan") + file("a"), "no time of a file"),
+        (pax(mtime="inf") + file("a"), "no time of a file"),
+        (header("a", b"3", device=1 << 40), "none that Linux has"),
         (b"no tarball" * 100, "is not an octal number"),
     ],
 )
@@ -390,7 +431,6 @@ def test_hostile_layers_are_refused(tmp_path: Path, layer: bytes, said: str) -> 
         ([[("a", "file")], [("a/b", "y")]], "a"),
         ([[("a", "-> ../../etc/passwd")]], "leads out"),
         ([[("b", "= nowhere")]], "no file that came before"),
-        ([[("a", "1"), ("a", "2")]], "such an entry already"),
     ],
 )
 def test_what_a_merged_tarball_cannot_hide_from_the_unpacker(
@@ -400,6 +440,24 @@ def test_what_a_merged_tarball_cannot_hide_from_the_unpacker(
     with pytest.raises(UnsafeArchive, match=said):
         unpack(tmp_path / "merged.tar", tmp_path / "root")
     assert not (tmp_path / "root").exists()
+
+
+def test_a_chain_of_hard_links_costs_no_more_than_its_links(tmp_path: Path) -> None:
+    """Each a name of the one before: to follow all of them from each of them would take minutes."""
+    names = [("0", "x"), *((str(number), f"= {number - 1}") for number in range(1, 8_000))]
+    layer = tar(*names)
+    begin = time.process_time()
+    found = merged(tmp_path, layer, tar((".wh.0", "")))
+    assert found.files == 1
+    assert time.process_time() - begin < 20
+
+
+def test_a_layer_that_stands_in_an_image_many_times_counts_each_time(tmp_path: Path) -> None:
+    layer = tar(("zeros", "0" * (1 << 20)))
+    with pytest.raises(UnsafeArchive, match="a bomb"):
+        merged(tmp_path, *[layer] * 50, limits=Limits(bytes=10 << 20))
+    with pytest.raises(UnsafeArchive, match="more than 40 entries"):
+        merged(tmp_path, *[tar(("x", "x"))] * 50, limits=Limits(entries=40))
 
 
 def test_limits(tmp_path: Path) -> None:
@@ -450,7 +508,7 @@ def test_merging_is_applying_one_after_the_other(layers: list[dict[str, str]]) -
             p[:1] for p, _ in entries if "/" in p[1:]
         }
         known = {path for path, _ in entries}
-        entries = [(parent, None) for parent in sorted(parents - known - {""})] + entries
+        entries = sorted([*((parent, None) for parent in parents - known - {""}), *entries])
         tarballs.append(tar(*entries))
         for path, _ in entries:
             parent, _, name = path.rpartition("/")

@@ -18,8 +18,8 @@ import labkernel
 from labkernel.image.closure import Closure, closure
 from labkernel.image.pack import Compression, pack
 from labkernel.image.store import build
-from labkernel.image.tarball import BadTarball
-from labkernel.image.unpack import Limits, unpack
+from labkernel.image.tarball import BadTarball, Limits
+from labkernel.image.unpack import unpack
 from labkernel.image.weigh import by_directory, weigh
 
 COMPRESSIONS: tuple[Compression, ...] = ("zstd", "gzip", "none")
@@ -154,7 +154,8 @@ MEMORY = """
 import resource, sys
 from pathlib import Path
 from labkernel.image.pack import pack
-from labkernel.image.unpack import Limits, unpack
+from labkernel.image.tarball import Limits
+from labkernel.image.unpack import unpack
 tree = Path(sys.argv[1])
 pack(tree / "small", tree / "small.tar.zst")
 unpack(tree / "small.tar.zst", tree / "small.out")

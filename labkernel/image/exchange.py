@@ -16,27 +16,30 @@ import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from labkernel import state
 from labkernel.image import Progress, store
-from labkernel.image.merge import LIMITS, merge
+from labkernel.image.merge import merge
 from labkernel.image.oci import (
     CONFIG,
     LAYERS,
     MANIFEST,
+    MOST_LAYERS,
     BadImage,
     Image,
     Layer,
     Layout,
     compression_of,
     from_json,
+    read_small,
     to_json,
 )  # fmt: skip
 from labkernel.image.pack import Compression, epoch, written_at_once
-from labkernel.image.tarball import BadTarball, Tarball, open_tarball
-from labkernel.image.unpack import Limits, UnsafeArchive, unpack
+from labkernel.image.tarball import LIMITS, BadTarball, Limits, Tarball, open_tarball
+from labkernel.image.unpack import UnsafeArchive, unpack
 from labkernel.spec import PATH
 
 DEFAULT_TAG = "latest"
@@ -139,7 +142,7 @@ def import_image(
     with working_directory() as work:
         if source.is_dir():
             return import_layout(Layout.open(source), name, tag=tag, limits=limits, progress=progress)
-        kind = _kind(source)
+        kind = _kind(source, limits)
         if kind == "rootfs":
             return _keep(name, [functools.partial(_plain, source, limits)], {}, limits, work, progress)
         if progress:
@@ -206,28 +209,31 @@ def _keep(
 
 
 def _layer(layout: Layout, layer: Layer, limits: Limits, most: int) -> AbstractContextManager[Tarball]:
-    return layout.tarball(layer, min(most, limits.ratio * layer.blob.size + (1 << 20)))
+    return layout.tarball(layer, replace(limits, bytes=most).allowed(layer.blob.size))
 
 
 @contextlib.contextmanager
 def _plain(path: Path, limits: Limits, most: int) -> Iterator[Tarball]:
-    with open_tarball(path) as archive:
-        archive.limit = min(most, limits.ratio * path.stat().st_size + (1 << 20))
+    with open_tarball(path, replace(limits, bytes=most)) as archive:
         yield archive
 
 
-def _kind(source: Path) -> str:
+def _kind(source: Path, limits: Limits) -> str:
     """ "oci", "docker" or "rootfs": what is in a tarball, by the names at its top."""
+    names: set[str] = set()
     try:
-        with open_tarball(source) as archive:
-            archive.limit = LIMITS.ratio * source.stat().st_size + (1 << 20)
-            names = {member.name.removeprefix("./").rstrip("/") for member in archive}
+        with open_tarball(source, limits) as archive:
+            for number, member in enumerate(archive):
+                if number >= limits.entries:
+                    raise UnsafeArchive(member.name, f"more than {limits.entries} entries")
+                top, _, below = member.name.removeprefix("./").partition("/")
+                names.add(f"{top}/" if below else top)
     except BadTarball as error:
         raise UnsafeArchive("", str(error)) from error
-    top = {name.partition("/")[0] for name in names}
     if {"oci-layout", "index.json"} <= names:
         return "oci"
-    return "docker" if "manifest.json" in names and not top & {"bin", "etc", "usr"} else "rootfs"
+    system = names & {"bin", "etc", "usr", "bin/", "etc/", "usr/"}
+    return "docker" if "manifest.json" in names and not system else "rootfs"
 
 
 def _from_docker(archive: Path, layout: Layout, tag: str | None) -> Layout:
@@ -236,10 +242,12 @@ def _from_docker(archive: Path, layout: Layout, tag: str | None) -> Layout:
     It has no digests of the layers, but the configuration has, and its own digest is its name.
     """
     try:
-        entries = json.loads(_within(archive, "manifest.json").read_bytes())
-        found = [(e["Config"], list(e["Layers"]), list(e.get("RepoTags") or [])) for e in entries]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise BadImage(f"manifest.json is none of `docker save`: {error!r}") from None
+        entries = json.loads(read_small(_within(archive, "manifest.json")))
+        found = [
+            (e["Config"], list(e["Layers"]), [str(name) for name in e.get("RepoTags") or []]) for e in entries
+        ]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise BadImage(f"manifest.json is none of `docker save`: {error!r:.200}") from None
     there = ", ".join(sorted(name for _, _, names in found for name in names)) or "none"
     if tag is not None:
         found = [one for one in found if any(tag in (name, name.rpartition(":")[2]) for name in one[2])]
@@ -247,31 +255,40 @@ def _from_docker(archive: Path, layout: Layout, tag: str | None) -> Layout:
         raise LookupError(f"{len(found)} images are in the archive; choose a tag: {there}")
     config, layers, _ = found[0]
     path = _within(archive, config)
-    settings = from_json(path.read_bytes(), f"configuration {config}")
+    content = read_small(path)
+    settings = from_json(content, f"configuration {config!r:.100}")
     digits = path.name.removesuffix(".json")
-    blob = layout.add(path.read_bytes(), CONFIG)
+    blob = layout.add(content, CONFIG)
     if re.fullmatch("[0-9a-f]{64}", digits) and blob.digest != f"sha256:{digits}":
-        raise BadImage(f"configuration {config} is not what its name says: its digest is {blob.digest}")
-    described = []
-    for name in layers:
-        with _within(archive, name).open("rb") as file:
+        raise BadImage(f"configuration {path.name} is not what its name says: its digest is {blob.digest}")
+    if len(layers) > MOST_LAYERS:
+        raise BadImage(f"manifest.json names {len(layers)} layers, over the limit of {MOST_LAYERS}")
+    copied: dict[Path, Any] = {}  # the same layer may be in an image more than once
+    for path in (places := [_within(archive, name) for name in layers]):
+        if path in copied:
+            continue
+        with path.open("rb") as file:
             with layout.adding(LAYERS[compression_of(file)]) as sink:
                 while data := file.read(1 << 20):
                     sink.write(data)
-            described.append(sink.blob.as_json())
+            copied[path] = sink.blob.as_json()
+    described = [copied[path] for path in places]
     manifest = {"schemaVersion": 2, "mediaType": MANIFEST, "config": blob.as_json(), "layers": described}
     if not isinstance(settings.get("rootfs"), dict):
-        raise BadImage(f"configuration {config} names no layers")
+        raise BadImage(f"configuration {config!r:.100} names no layers")
     layout.tag(DEFAULT_TAG, layout.add(to_json(manifest), MANIFEST))
     return layout
 
 
 def _within(directory: Path, name: object) -> Path:
     """A file of an unpacked archive. It may be a link to another one (as old archives have it), but not out of it."""
-    path = (directory / str(name)).resolve()
-    if not path.is_relative_to(directory.resolve()) or not path.is_file():
-        raise BadImage(f"the archive has no file {str(name)!r:.100}")
-    return path
+    try:
+        path = (directory / str(name)).resolve()
+        if path.is_relative_to(directory.resolve()) and path.is_file():
+            return path
+    except (OSError, ValueError, RuntimeError):  # too long, a zero byte in it, links in a circle
+        pass
+    raise BadImage(f"the archive has no file {str(name)!r:.100}")
 
 
 def _settings(image: Image) -> dict[str, Any]:

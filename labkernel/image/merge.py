@@ -24,15 +24,12 @@ from typing import BinaryIO, TypeAlias, cast
 
 from labkernel.image import Progress
 from labkernel.image.layer import OPAQUE, WHITEOUT
-from labkernel.image.pack import Compression, Digester, compressor, written_at_once
-from labkernel.image.tarball import BadTarball, Member, Tarball
-from labkernel.image.unpack import Limits, UnsafeArchive
+from labkernel.image.pack import Compression, Digester, compressor, new_archive, written_at_once
+from labkernel.image.tarball import LIMITS, BadTarball, Limits, Member, Tarball
+from labkernel.image.unpack import UnsafeArchive, components, examined
 
 Opener: TypeAlias = Callable[[int], AbstractContextManager[Tarball]]
 """Opens a layer; it may unpack to so many bytes."""
-
-LIMITS = Limits()
-"""What all layers together may cost, where nothing else is said."""
 
 _TYPES = {
     "file": tarfile.REGTYPE, "directory": tarfile.DIRTYPE, "symlink": tarfile.SYMTYPE, "hardlink": tarfile.LNKTYPE,
@@ -99,30 +96,25 @@ def merge(
     """
     above = _Above()
     plans: list[_Plan] = []
-    hidden = 0
+    hidden = entries = read = 0
     for number, layer in reversed(list(enumerate(layers))):
         if progress:
             progress("read the layers", len(layers) - number - 1, 2 * len(layers))
-        members = _members(layer, limits)
+        # What is hidden costs time as well: one layer may stand in an image a thousand times.
+        members, size_read = _members(layer, limits, limits.bytes - read, limits.entries - entries)
+        read += size_read
+        entries += len(members)
         plans.insert(0, _plan(members, above))
         hidden += len(members) - len(plans[0].keep)
-        if sum(len(plan.keep) for plan in plans) + len(above.whiteouts) > limits.entries:
-            raise UnsafeArchive("", f"more than {limits.entries} entries")
     files = size = 0
     with written_at_once(destination) as file:
         digester = Digester(file)
-        with (
-            compressor(digester, compression) as compressed,
-            tarfile.open(
-                fileobj=compressed, mode="w|", format=tarfile.PAX_FORMAT, encoding="utf-8",
-                errors="surrogateescape", bufsize=1 << 20,
-            ) as out,
-        ):  # fmt: skip
+        with compressor(digester, compression) as compressed, new_archive(compressed) as out:
             for number, (layer, plan) in enumerate(zip(layers, plans, strict=True)):
                 if progress:
                     progress("merge the layers", len(layers) + number, 2 * len(layers))
                 try:
-                    with layer(limits.bytes - size) as archive:
+                    with layer(limits.bytes) as archive:
                         for index, member in enumerate(archive):
                             if info := _info(index, member, plan):
                                 out.addfile(info, cast(BinaryIO, archive) if info.isreg() else None)
@@ -133,17 +125,20 @@ def merge(
     return Merged(f"sha256:{digester.hash.hexdigest()}", files, size, hidden)
 
 
-def _members(layer: Opener, limits: Limits) -> list[Member]:
+def _members(layer: Opener, limits: Limits, most: int, entries: int) -> tuple[list[Member], int]:
+    """The entries of a layer, at most so many, and how many bytes it unpacks to, at most so many."""
     members = []
     try:
-        with layer(limits.bytes) as archive:
+        with layer(most) as archive:
             for member in archive:
                 members.append(member)
-                if len(members) > limits.entries:
+                if len(members) > entries:
                     raise UnsafeArchive(member.name, f"more than {limits.entries} entries")
+                if len(examined(member)) > limits.depth:
+                    raise UnsafeArchive(member.name, f"deeper than {limits.depth} directories")
+        return members, archive.position
     except BadTarball as error:
         raise UnsafeArchive("", str(error)) from error
-    return members
 
 
 def _plan(members: Sequence[Member], above: _Above) -> _Plan:
@@ -154,19 +149,27 @@ def _plan(members: Sequence[Member], above: _Above) -> _Plan:
     whiteouts: set[str] = set()
     opaque: set[str] = set()
     for number, member in enumerate(members):
-        path = _clean(member.name, member)
-        parent, _, name = path.rpartition("/")
+        *parents, name = components(member.name, member) or [""]
+        if any(parent.startswith(WHITEOUT) for parent in parents):
+            raise UnsafeArchive(member.name, "something in a directory with the name of a whiteout")
+        path = "/".join([*parents, name])
         if name.startswith(WHITEOUT):
             _check_whiteout(name, member)
             if name == OPAQUE:
-                opaque.add(parent)
+                opaque.add("/".join(parents))
             else:
-                whiteouts.add(f"{parent}/{name.removeprefix(WHITEOUT)}".lstrip("/"))
+                whiteouts.add("/".join([*parents, name.removeprefix(WHITEOUT)]))
             continue
+        if path in own and (member.kind, members[own[path]].kind) != ("directory", "directory"):
+            raise UnsafeArchive(member.name, "there is such an entry already, and it would be replaced")
         own[path] = number
         if not above.hides(path, member.kind):
             plan.keep[number] = path
             seen[path] = member.kind
+        elif member.kind != "directory":
+            opaque.add(
+                path
+            )  # nobody sees it, and yet it has replaced a directory below, with all that was in it
     _follow_links(members, own, plan, above)
     above.kinds |= seen
     above.whiteouts |= whiteouts
@@ -176,23 +179,27 @@ def _plan(members: Sequence[Member], above: _Above) -> _Plan:
 
 def _follow_links(members: Sequence[Member], own: dict[str, int], plan: _Plan, above: _Above) -> None:
     """A hard link is a second name of a file: it lives on when the first one is hidden, with the content."""
-    for number in plan.keep:
-        member = members[number]
+    # Of each hard link the name under which the content stands, and the number of that entry in this layer.
+    origins: dict[int, tuple[str, int | None]] = {}
+    for number, member in enumerate(members):
         if member.kind != "hardlink":
             continue
-        target = _clean(member.linkname, member)
+        target = "/".join(components(member.linkname, member))
         first = own.get(target)
-        while first is not None and first < number and members[first].kind == "hardlink":
-            target = _clean(members[first].linkname, members[first])
-            first = own.get(target)
+        if first is not None and first >= number:
+            raise UnsafeArchive(member.name, f"a hard link to {target!r:.200}, which comes after it")
+        if first is not None:
+            target, first = origins.get(first, (target, first))
+        origins[number] = target, first
+        if number not in plan.keep:
+            continue
         if first is None and above.hides(target, "file"):
             raise UnsafeArchive(
-                member.name, f"a hard link to {target} of a layer below, which another layer has replaced"
+                member.name,
+                f"a hard link to {target!r:.200} of a layer below, which another layer has replaced",
             )
         if first is None or first in plan.keep:
             plan.links[number] = target
-        elif first > number:
-            raise UnsafeArchive(member.name, f"a hard link to {target}, which comes after it")
         elif first in plan.promoted:
             plan.links[number] = plan.keep[plan.promoted[first]]
         else:
@@ -227,18 +234,6 @@ def _check_whiteout(name: str, member: Member) -> None:
         raise UnsafeArchive(member.name, "a whiteout of nothing, or of a directory it is in")
     if name != OPAQUE and name.startswith(WHITEOUT * 2):
         raise UnsafeArchive(member.name, "a mark that no layer has (of aufs, perhaps)")
-
-
-def _clean(path: str, member: Member) -> str:
-    """A path within the root, without "." and doubled slashes; "" is the root itself."""
-    if path.startswith("/"):
-        raise UnsafeArchive(member.name, f"the path {path} is absolute")
-    parts = [part for part in path.split("/") if part not in ("", ".")]
-    if ".." in parts:
-        raise UnsafeArchive(member.name, f"the path {path} has a component ..")
-    if not path or "\0" in path:
-        raise UnsafeArchive(member.name, "an empty path, or one with a zero byte")
-    return "/".join(parts)
 
 
 def _parents(path: str) -> list[str]:

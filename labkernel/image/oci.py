@@ -100,12 +100,12 @@ class Descriptor:
         check_digest(digest)
         if not isinstance(size, int) or isinstance(size, bool) or size < 0:
             raise BadImage(f"{digest}: the size {size!r:.40} is no number of bytes")
-        for key in ("annotations", "platform"):
-            if not isinstance(given.get(key, {}), dict):
-                raise BadImage(f"{digest}: its {key} are {given[key]!r:.40}")
-        return cls(
-            DOCKER.get(kind, kind), cast(str, digest), size, given.get("annotations"), given.get("platform")
-        )
+        annotations, system = given.get("annotations") or {}, given.get("platform") or {}
+        if not isinstance(annotations, dict) or not all(isinstance(one, str) for one in annotations.values()):
+            raise BadImage(f"{digest}: its annotations are {annotations!r:.40}, and no texts")
+        if not isinstance(system, dict):
+            raise BadImage(f"{digest}: its platform is {system!r:.40}")
+        return cls(DOCKER.get(kind, kind), cast(str, digest), size, annotations or None, system or None)
 
     def as_json(self) -> dict[str, Any]:
         """As it stands in a manifest or an index."""
@@ -189,7 +189,10 @@ class Layout:
         """The layout in a directory. Raises BadImage if there is none of a version that we know."""
         if not (path / "oci-layout").is_file():
             raise BadImage(f"{path} is no OCI image layout: there is no file oci-layout")
-        version = from_json(_read_small(path / "oci-layout"), "oci-layout").get("imageLayoutVersion")
+        for directory in (path / "blobs", path / "blobs/sha256", path / "blobs/sha512"):
+            if directory.is_symlink():  # what is written here would go elsewhere
+                raise BadImage(f"{directory} is a symbolic link, and no directory of this layout")
+        version = from_json(read_small(path / "oci-layout"), "oci-layout").get("imageLayoutVersion")
         if not isinstance(version, str) or not version.startswith("1."):
             raise BadImage(f"{path}: an image layout of version {version!r:.20}; this reads 1.x")
         return cls(path)
@@ -231,23 +234,13 @@ class Layout:
     @contextlib.contextmanager
     def reading(self, blob: Descriptor) -> Iterator[BinaryIO]:
         """Read a blob as a stream that raises BadImage, at its end at the latest, if it is not what `blob` says."""
-        path = self.place(blob.digest)
-        try:
-            # A layout may come from a stranger: no link is followed, and nothing waits at a fifo.
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        except FileNotFoundError:
-            raise BadImage(f"blob {blob.digest} is missing") from None
-        except OSError as error:
-            raise BadImage(f"blob {blob.digest} cannot be read: {error.strerror}") from error
-        with open(descriptor, "rb", buffering=0) as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise BadImage(f"blob {blob.digest} is no file")
+        with _open(self.place(blob.digest), f"blob {blob.digest}") as file:
+            status = os.fstat(file.fileno())
             if status.st_size != blob.size:
                 raise BadImage(
                     f"blob {blob.digest} has {status.st_size} bytes, and not the {blob.size} it should"
                 )
-            checked = Checked(cast(BinaryIO, file), blob)
+            checked = Checked(file, blob)
             yield cast(BinaryIO, checked)
             checked.read_on()
 
@@ -267,7 +260,7 @@ class Layout:
 
     def index(self) -> list[Descriptor]:
         """What index.json points to."""
-        return _manifests(from_json(_read_small(self.path / "index.json"), "index.json"), "index.json")
+        return _manifests(from_json(read_small(self.path / "index.json"), "index.json"), "index.json")
 
     def tags(self) -> dict[str, Descriptor]:
         """The images that have a tag."""
@@ -545,9 +538,25 @@ def _layers(blobs: Sequence[Descriptor], settings: Mapping[str, Any], digest: st
     return tuple(Layer(blob, check_digest(diff_id)) for blob, diff_id in zip(blobs, diff_ids, strict=True))
 
 
-def _read_small(path: Path) -> bytes:
-    with path.open("rb") as file:
-        data = file.read(MOST_JSON + 1)
+@contextlib.contextmanager
+def _open(path: Path, what: str) -> Iterator[BinaryIO]:
+    """Open a file of a layout. That may come from a stranger: no link is followed, and nothing waits at a fifo."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise BadImage(f"{what} is missing") from None
+    except OSError as error:
+        raise BadImage(f"{what} cannot be read: {error.strerror}") from error
+    with open(descriptor, "rb", buffering=0) as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise BadImage(f"{what} is no file")
+        yield cast(BinaryIO, file)
+
+
+def read_small(path: Path) -> bytes:
+    """A file of JSON. Raises BadImage if it is none that one would read into memory, or not there."""
+    with _open(path, path.name) as file:
+        data = io.BufferedReader(cast(io.RawIOBase, file)).read(MOST_JSON + 1)
     if len(data) > MOST_JSON:
         raise BadImage(f"{path.name} has more than {MOST_JSON} bytes")
     return data

@@ -77,35 +77,59 @@ def pack(
     Raises ValueError for a socket, a pipe or a device in the tree, which have no place in an image.
     """
     mtime = epoch()
+    members: Iterator[tuple[tarfile.TarInfo, str | Path | bytes | None]]
     members = _of_closure(source) if isinstance(source, Closure) else _of_directory(source, same_owner)
-    total = (
-        source.size if isinstance(source, Closure) else sum(info.size for info, _ in _of_directory(source))
-    )
+    if isinstance(source, Closure):
+        total = source.size
+    else:  # a walk of its own, only where somebody looks
+        total = sum(info.size for info, _ in _of_directory(source)) if progress else 0
     done = 0
     with written_at_once(destination) as file:
         digester = Digester(file)
-        with (
-            compressor(digester, compression) as compressed,
-            tarfile.open(
-                fileobj=compressed,
-                mode="w|",
-                format=tarfile.PAX_FORMAT,
-                encoding="utf-8",
-                errors="surrogateescape",
-                bufsize=1 << 20,
-            ) as tar,
-        ):
+        with compressor(digester, compression) as compressed, new_archive(compressed) as tar:
             for info, content in members:
                 info.mtime = mtime
-                with contextlib.ExitStack() as stack:
-                    data = io.BytesIO(content) if isinstance(content, bytes) else None
-                    tar.addfile(
-                        info, stack.enter_context(content.open("rb")) if isinstance(content, Path) else data
-                    )
+                if isinstance(content, bytes):
+                    tar.addfile(info, io.BytesIO(content))
+                elif content is None:
+                    tar.addfile(info)
+                else:
+                    with open(content, "rb", buffering=0) as data:
+                        tar.addfile(info, data)
                 done += info.size
                 if progress and info.size:
                     progress("pack", done, total)
     return f"sha256:{digester.hash.hexdigest()}"
+
+
+class _Out:
+    """A stream that knows how much was written to it: all that tarfile asks of a file.
+
+    Its own mode for streams ("w|") collects small pieces by copying all that it has, over and over.
+    """
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.stream = stream
+        self.position = 0
+
+    def write(self, data: bytes) -> None:
+        """Write all of *data*."""
+        self.position += len(data)
+        self.stream.write(data)
+
+    def tell(self) -> int:
+        """How much has been written."""
+        return self.position
+
+
+@contextlib.contextmanager
+def new_archive(stream: BinaryIO) -> Iterator[tarfile.TarFile]:
+    """An archive to be written to a stream; one and the same everywhere for the same entries."""
+    with tarfile.TarFile(
+        mode="w", fileobj=cast(BinaryIO, _Out(stream)), format=tarfile.PAX_FORMAT, encoding="utf-8",
+        errors="surrogateescape", copybufsize=1 << 20,
+    ) as tar:  # fmt: skip
+        yield tar
 
 
 def gzip_size(tarball: Path, *, progress: Progress | None = None) -> int:
@@ -122,7 +146,7 @@ def gzip_size(tarball: Path, *, progress: Progress | None = None) -> int:
     return size + len(compressor.flush())
 
 
-def _of_closure(closure: Closure) -> Iterator[tuple[tarfile.TarInfo, Path | bytes | None]]:
+def _of_closure(closure: Closure) -> Iterator[tuple[tarfile.TarInfo, str | Path | bytes | None]]:
     for entry in closure:
         info = tarfile.TarInfo(entry.path.lstrip("/"))
         info.mode = entry.mode
@@ -137,12 +161,11 @@ def _of_closure(closure: Closure) -> Iterator[tuple[tarfile.TarInfo, Path | byte
             yield info, entry.source or entry.content
 
 
-def _of_directory(root: Path, same_owner: bool = False) -> Iterator[tuple[tarfile.TarInfo, Path | None]]:
+def _of_directory(root: Path, same_owner: bool = False) -> Iterator[tuple[tarfile.TarInfo, str | None]]:
     first_link: dict[tuple[int, int], str] = {}
-    for path in _walk(root):
-        name = str(path.relative_to(root))
+    for path, name in _walk(str(root), ""):
         info = tarfile.TarInfo(name)
-        status = path.lstat()
+        status = os.lstat(path)
         info.mode = stat.S_IMODE(status.st_mode)
         if same_owner:
             info.uid, info.gid = status.st_uid, status.st_gid
@@ -151,11 +174,11 @@ def _of_directory(root: Path, same_owner: bool = False) -> Iterator[tuple[tarfil
             info.type = tarfile.DIRTYPE
             yield info, None
         elif stat.S_ISLNK(status.st_mode):
-            info.type, info.linkname = tarfile.SYMTYPE, str(path.readlink())
+            info.type, info.linkname = tarfile.SYMTYPE, os.readlink(path)
             yield info, None
         elif not stat.S_ISREG(status.st_mode):
             raise ValueError(f"{path}: neither file, directory nor symbolic link; an image holds only these")
-        elif first_link.setdefault(inode, name) != name:
+        elif status.st_nlink > 1 and first_link.setdefault(inode, name) != name:
             info.type, info.linkname = tarfile.LNKTYPE, first_link[inode]
             yield info, None
         else:
@@ -163,11 +186,14 @@ def _of_directory(root: Path, same_owner: bool = False) -> Iterator[tuple[tarfil
             yield info, path
 
 
-def _walk(directory: Path) -> Iterator[Path]:
-    for path in sorted(directory.iterdir()):
-        yield path
-        if path.is_dir() and not path.is_symlink():
-            yield from _walk(path)
+def _walk(directory: str, below: str) -> Iterator[tuple[str, str]]:
+    """The path of everything under a directory, sorted, and its name: what comes after the directory's own path."""
+    with os.scandir(directory) as found:
+        entries = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in found)
+    for name, is_directory in entries:
+        yield (path := f"{directory}/{name}"), f"{below}{name}"
+        if is_directory:
+            yield from _walk(path, f"{below}{name}/")
 
 
 @contextlib.contextmanager

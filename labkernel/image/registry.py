@@ -29,12 +29,12 @@ from urllib.parse import urljoin, urlsplit
 import requests
 
 from labkernel.image import Progress
-from labkernel.image.merge import LIMITS
 from labkernel.image.oci import (
     DOCKER,
     INDEX,
     MANIFEST,
     MOST_JSON,
+    MOST_LAYERS,
     BadImage,
     Descriptor,
     Image,
@@ -42,6 +42,7 @@ from labkernel.image.oci import (
     check_digest,
     from_json,
 )
+from labkernel.image.tarball import LIMITS
 
 TIMEOUT = (10.0, 30.0)
 """Seconds to connect, and without a byte."""
@@ -119,7 +120,9 @@ def pull(
         manifest = from_json(layout.bytes(blob), f"manifest {blob.digest}")
         wanted = [Descriptor.read(manifest.get("config"))]
         layers = manifest.get("layers")
-        wanted += [Descriptor.read(one) for one in (layers if isinstance(layers, list) else [])]
+        if not isinstance(layers, list) or len(layers) > MOST_LAYERS:
+            raise BadImage(f"manifest {blob.digest}: its layers are no list of at most {MOST_LAYERS}")
+        wanted += [Descriptor.read(one) for one in layers]
         total = sum(one.size for one in wanted)
         if total > LIMITS.bytes:
             raise BadImage(f"the image has {total} bytes, over the limit of {LIMITS.bytes}")
@@ -157,11 +160,7 @@ class _Client:
             "Accept": ", ".join([INDEX, MANIFEST, *(kind for kind, ours in DOCKER.items() if "json" in ours)])
         }
         with self.get(f"{self.base}/manifests/{name}", accept) as response:
-            data = b""
-            for chunk in response.iter_content(_CHUNK):
-                data += chunk
-                if len(data) > MOST_JSON:
-                    raise BadImage(f"manifest {name}: more than {MOST_JSON} bytes")
+            data = _small(response, f"manifest {name}")
             said = response.headers.get("Content-Type", "").partition(";")[0].strip()
         algorithm = (digest or "sha256:").partition(":")[0]
         found = f"{algorithm}:{hashlib.new(algorithm, data).hexdigest()}"
@@ -278,16 +277,28 @@ class _Client:
         asked = {key: given[key] for key in ("service", "scope") if key in given}
         # No redirect is followed: the password is for this place.
         answer = self.session.get(
-            given["realm"], params=asked, auth=self.credentials, timeout=TIMEOUT, allow_redirects=False
-        )
-        if answer.status_code != 200:
-            raise RegistryError(f"{realm.netloc} gives no token: {answer.status_code} {answer.reason}")
-        content = from_json(answer.content, "the token")
+            given["realm"], params=asked, auth=self.credentials, timeout=TIMEOUT, allow_redirects=False,
+            stream=True,
+        )  # fmt: skip
+        with answer:
+            if answer.status_code != 200:
+                raise RegistryError(f"{realm.netloc} gives no token: {answer.status_code} {answer.reason}")
+            content = from_json(_small(answer, "the token"), "the token")
         token = content.get("token") or content.get("access_token")
         if not isinstance(token, str) or not token.isascii() or not token.isprintable():
             raise RegistryError(f"{realm.netloc} gives no token that could be sent")
         self.authorization = f"Bearer {token}"
         return True
+
+
+def _small(response: Any, what: str) -> bytes:
+    """The content of an answer that is JSON. Raises BadImage if there is more of it than one would read."""
+    data = b""
+    for chunk in response.iter_content(_CHUNK):
+        data += chunk
+        if len(data) > MOST_JSON:
+            raise BadImage(f"{what}: more than {MOST_JSON} bytes")
+    return data
 
 
 def _basic(user: str, password: str) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -23,11 +24,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from labkernel.image import Progress
-from labkernel.image.tarball import BadTarball, Member, Tarball, open_tarball
+from labkernel.image.tarball import LIMITS, BadTarball, Limits, Member, Tarball, open_tarball
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_CHUNK = 1 << 20
+_MAX_LINKS = 40  # that the kernel follows in one path, path_resolution(7)
 _IMPLIED = Member("a directory", "directory", 0o755, 0, 0, 0, 0.0, "", (0, 0))
 _FAR_FUTURE = 1 << 33  # the year 2242: later times are no times of files
 
@@ -36,7 +37,8 @@ class UnsafeArchive(ValueError):
     """The archive was refused: ``entry`` names the entry at fault (empty: all of it), ``reason`` says why."""
 
     def __init__(self, entry: str, reason: str) -> None:
-        super().__init__(f"{entry!r}: {reason}" if entry else reason)
+        # As Python writes a text: names of strangers hold what a terminal would obey.
+        super().__init__(f"{_brief(entry)}: {reason}" if entry else reason)
         self.entry = entry
         self.reason = reason
 
@@ -45,14 +47,42 @@ class UnsafeArchive(ValueError):
         return UnsafeArchive, (self.entry, self.reason)
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What an archive may cost. Who unpacks something big on purpose raises them."""
+def _brief(text: str) -> str:
+    return repr(text if len(text) <= 200 else f"{text[:199]}…")
 
-    bytes: int = 4 << 30  # of the uncompressed archive
-    entries: int = 200_000
-    ratio: int = 200  # uncompressed to compressed; software is at 3 to 10, a bomb at 1000 and more
-    depth: int = 100  # directories in one another
+
+_CONTROL = re.compile("[\0-\x1f\x7f-\x9f]")
+
+
+def components(path: str, member: Member) -> list[str]:
+    """The components of *path*, a name or the target of a hard link in an entry of an archive; [] for the root.
+
+    Raises UnsafeArchive for all but honest relative paths.
+    """
+    if _CONTROL.search(path):
+        raise UnsafeArchive(member.name, "control characters in a path")
+    if path.startswith("/"):
+        raise UnsafeArchive(member.name, f"the path {_brief(path)} is absolute")
+    if not path:
+        raise UnsafeArchive(member.name, "an empty path")
+    parts = [part for part in path.split("/") if part not in ("", ".")]
+    if ".." in parts:
+        raise UnsafeArchive(member.name, f"the path {_brief(path)} has a component ..")
+    # A character has at most four bytes: most paths need no closer look.
+    if (len(path) >= 1024 or max(map(len, parts), default=0) > 63) and (
+        len(os.fsencode(path)) >= 4096 or any(len(os.fsencode(part)) > 255 for part in parts)
+    ):
+        raise UnsafeArchive(member.name, "the path is longer than the kernel allows (PATH_MAX, NAME_MAX)")
+    return parts
+
+
+def examined(member: Member) -> list[str]:
+    """The components of an entry's name, if all that its header says can be meant. Raises UnsafeArchive."""
+    if not 0 <= member.mtime < _FAR_FUTURE:  # also false for nan
+        raise UnsafeArchive(member.name, f"its time, {member.mtime} seconds since 1970, is no time of a file")
+    if member.device[0] >= 1 << 12 or member.device[1] >= 1 << 20:
+        raise UnsafeArchive(member.name, f"the device numbers {member.device} are none that Linux has")
+    return components(member.name, member)
 
 
 @dataclass
@@ -72,7 +102,7 @@ def unpack(
     owner_base: int = 0,
     allow_devices: bool = False,
     allow_setuid: bool = False,
-    limits: Limits = Limits(),
+    limits: Limits = LIMITS,
     progress: Progress | None = None,
 ) -> Unpacked:
     """Unpack *tarball* (zstd, gzip or plain) as the new directory *destination*, completely or not at all.
@@ -108,13 +138,12 @@ def unpack(
 
 
 def _remove(tree: Path) -> None:
-    """Remove *tree*, also directories with modes that forbid it (rmtree follows no links)."""
+    """Remove *tree*, also directories with modes that forbid it, and paths that are too long for one call."""
     tree.chmod(0o700)
-    for directory, names, _ in os.walk(tree):
+    for _, names, _, descriptor in os.fwalk(tree):
         for name in names:
-            path = Path(directory, name)
-            if not path.is_symlink():
-                path.chmod(0o700)
+            if stat.S_ISDIR(os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_mode):
+                os.chmod(name, 0o700, dir_fd=descriptor)
     shutil.rmtree(tree)
 
 
@@ -127,45 +156,47 @@ class _Unpacker:
     allow_setuid: bool
     limits: Limits
     result: Unpacked = field(default_factory=Unpacked)
-    # The directory in which we are, as descriptors from the top down: neighbours in an archive mostly
-    # share it.
-    _path: list[tuple[str, int]] = field(default_factory=list)
+    # The directory in which we are: the names from the root down, and the descriptors, that of the root first.
+    # Neighbours in an archive mostly share it.
+    _names: list[str] = field(default_factory=list)
+    _descriptors: list[int] = field(default_factory=list)
     _directories: dict[str, Member] = field(default_factory=dict)
+    _links: dict[str, Member] = field(default_factory=dict)  # symbolic ones
 
     def all(self, tarball: Path, progress: Progress | None) -> None:
-        compressed = tarball.stat().st_size
-        allowed = min(self.limits.bytes, self.limits.ratio * compressed + (1 << 20))
+        self._descriptors.append(self.root)
         try:
-            with open_tarball(tarball) as archive:
-                archive.limit = allowed
+            with open_tarball(tarball, self.limits) as archive:
+                compressed = os.fstat(archive.source.fileno()).st_size
                 for member in archive:
                     self._member(member, archive)
                     if progress:
                         progress("unpack", archive.source.tell(), compressed)
-            if self.same_owner:
-                os.fchown(self.root, self.owner_base, self.owner_base)
-            self._dress_implied(self.root)  # unless the archive has an entry for it
+            self._follow_links()
             self._finish_directories()
         except BadTarball as error:
             raise UnsafeArchive("", str(error)) from error
         finally:
             self._leave(0)
 
-    def _member(self, member: Member, archive: Tarball) -> None:
+    def _count(self, member: Member) -> None:
         self.result.entries += 1
         if self.result.entries > self.limits.entries:
             raise UnsafeArchive(member.name, f"more than {self.limits.entries} entries")
-        *parents, name = self._components(member.name, member)
+
+    def _member(self, member: Member, archive: Tarball) -> None:
+        self._count(member)
+        *parents, name = examined(member) or ["."]
         self._refuse(member)
         try:
             parent = self._enter(parents, member)
             match member.kind:
-                case "directory":
-                    self._directory(name, parent, member)
                 case "file":
                     self._file(name, parent, member, archive)
+                case "directory":
+                    self._directory(name, parent, member)
                 case "symlink":
-                    self._symlink(name, parent, len(parents), member)
+                    self._symlink(name, parent, member)
                 case "hardlink":
                     self._hardlink(name, parent, member)
                 case _:
@@ -174,22 +205,6 @@ class _Unpacker:
             raise UnsafeArchive(
                 member.name, "there is such an entry already, and it would be replaced"
             ) from None
-
-    @staticmethod
-    def _components(path: str, member: Member) -> list[str]:
-        """The components of *path*, an honest relative path; [] plus "." for the root itself."""
-        if path.startswith("/"):
-            raise UnsafeArchive(member.name, f"the path {path} is absolute")
-        parts = [part for part in path.split("/") if part not in ("", ".")]
-        if ".." in parts:
-            raise UnsafeArchive(member.name, f"the path {path} has a component ..")
-        if not path:
-            raise UnsafeArchive(member.name, "an empty path")
-        if any(ord(character) < 32 or ord(character) == 127 for character in path):
-            raise UnsafeArchive(member.name, "control characters in a path")
-        if len(os.fsencode(path)) >= 4096 or any(len(os.fsencode(part)) > 255 for part in parts):
-            raise UnsafeArchive(member.name, "the path is longer than the kernel allows (PATH_MAX, NAME_MAX)")
-        return parts or ["."]
 
     def _refuse(self, member: Member) -> None:
         """What can be said of an entry without looking where it goes."""
@@ -201,10 +216,6 @@ class _Unpacker:
             )
         if member.kind != "file" and member.size:
             raise UnsafeArchive(member.name, f"a {member.kind} with {member.size} bytes of content")
-        if not 0 <= member.mtime < _FAR_FUTURE:  # also false for nan
-            raise UnsafeArchive(
-                member.name, f"its time, {member.mtime} seconds since 1970, is no time of a file"
-            )
         if (
             self.owner_base + max(member.uid, member.gid) >= 0xFFFFFFFF
         ):  # (uid_t) -1 means "leave as it is" to chown(2)
@@ -212,22 +223,26 @@ class _Unpacker:
 
     def _enter(self, parents: list[str], member: Member) -> int:
         """A descriptor of the directory *parents*; directories that no entry has described yet are made."""
+        if parents == self._names:
+            return self._descriptors[-1]
         if len(parents) >= self.limits.depth:
             raise UnsafeArchive(member.name, f"deeper than {self.limits.depth} directories")
         common = 0
-        while common < min(len(parents), len(self._path)) and self._path[common][0] == parents[common]:
+        while common < min(len(parents), len(self._names)) and self._names[common] == parents[common]:
             common += 1
         self._leave(common)
         for part in parents[common:]:
-            above = self._path[-1][1] if self._path else self.root
+            above = self._descriptors[-1]
             try:
                 descriptor = self._open_directory(part, above, member)
             except FileNotFoundError:
-                os.mkdir(part, 0o755, dir_fd=above)
+                self._count(member)
+                os.mkdir(part, 0o700, dir_fd=above)
                 descriptor = self._open_directory(part, above, member)
                 self._dress_implied(descriptor)
-            self._path.append((part, descriptor))
-        return self._path[-1][1] if self._path else self.root
+            self._names.append(part)
+            self._descriptors.append(descriptor)
+        return self._descriptors[-1]
 
     @staticmethod
     def _open_directory(name: str, above: int, member: Member) -> int:
@@ -241,8 +256,9 @@ class _Unpacker:
             raise
 
     def _leave(self, depth: int) -> None:
-        while len(self._path) > depth:
-            os.close(self._path.pop()[1])
+        while len(self._names) > depth:
+            self._names.pop()
+            os.close(self._descriptors.pop())
 
     def _directory(self, name: str, parent: int, member: Member) -> None:
         try:
@@ -250,7 +266,11 @@ class _Unpacker:
         except FileExistsError:  # it may be described twice, and "." is there from the start
             self._check_is_directory(name, parent, member)
         # Mode and time come last: a directory without write permission still has to be filled.
-        self._directories["/".join([*(part for part, _ in self._path), name])] = member
+        self._directories[self._path(name)] = member
+
+    def _path(self, name: str) -> str:
+        """The path of *name* in the directory in which we are."""
+        return "/".join([*self._names, name])
 
     @staticmethod
     def _check_is_directory(name: str, parent: int, member: Member) -> None:
@@ -258,8 +278,10 @@ class _Unpacker:
             raise UnsafeArchive(member.name, "there is such an entry already, and it is no directory")
 
     def _finish_directories(self) -> None:
-        # From the leaves to the root, which may end up without permission to enter it.
-        for path in sorted(self._directories, key=lambda p: (p != ".", p.count("/")), reverse=True):
+        # From the leaves to the root, which may end up without permission to enter it. Until then it is closed to
+        # others, so nobody can change what is in it meanwhile.
+        root = self._directories.pop(".", None)
+        for path in sorted(self._directories, key=lambda path: path.split("/"), reverse=True):
             member = self._directories[path]
             *parents, name = path.split("/")
             descriptor = self._open_directory(name, self._enter(parents, member), member)
@@ -267,34 +289,61 @@ class _Unpacker:
                 self._dress(descriptor, member)
             finally:
                 os.close(descriptor)
+        if root:
+            self._dress(self.root, root)
+        else:
+            self._dress_implied(self.root)
 
     def _file(self, name: str, parent: int, member: Member, archive: Tarball) -> None:
         descriptor = os.open(name, _NEW_FILE, 0o600, dir_fd=parent)
         try:
-            while data := archive.read(_CHUNK):
-                view = memoryview(data)
-                while view:
-                    view = view[os.write(descriptor, view) :]
+            for data in archive.pieces():
+                while data:  # a full disk, or a signal, may end it early
+                    data = data[os.write(descriptor, data) :]
             self.result.bytes += member.size
             self._dress(descriptor, member)
         finally:
             os.close(descriptor)
 
-    def _symlink(self, name: str, parent: int, depth: int, member: Member) -> None:
+    def _symlink(self, name: str, parent: int, member: Member) -> None:
         target = member.linkname
-        if not target or "\0" in target or len(os.fsencode(target)) >= 4096:
+        if not target or len(target) >= 4096 or len(os.fsencode(target)) >= 4096 or _CONTROL.search(target):
             raise UnsafeArchive(member.name, "a symbolic link without a target, or with an impossible one")
-        if not target.startswith("/"):
-            for part in target.split("/"):
-                depth += {"..": -1, "": 0, ".": 0}.get(part, 1)
-                if depth < 0:
-                    raise UnsafeArchive(member.name, f"a symbolic link that leads out: {target}")
         os.symlink(target, name, dir_fd=parent)
         self._own(member, lambda uid, gid: os.chown(name, uid, gid, dir_fd=parent, follow_symlinks=False))
         os.utime(name, ns=_times(member), dir_fd=parent, follow_symlinks=False)
+        self._links[self._path(name)] = member
+
+    def _follow_links(self) -> None:
+        """Refuse relative symbolic links that lead above the root, by themselves or by way of others.
+
+        Only now all links are there. An absolute one starts at the root again, as it will for a program inside.
+        """
+        budget = 1 << 22  # steps: links through links through links are a bomb, too
+        for path, link in self._links.items():
+            if link.linkname.startswith("/"):
+                continue
+            place, todo, links = path.split("/")[:-1], link.linkname.split("/")[::-1], 0
+            # What is deeper than any entry, or behind more links than the kernel follows, is not there.
+            while todo and links <= _MAX_LINKS and len(place) <= self.limits.depth:
+                part = todo.pop()
+                budget -= 1
+                if part == ".." and not place:
+                    raise UnsafeArchive(link.name, f"a symbolic link that leads out: {_brief(link.linkname)}")
+                if part == "..":
+                    place.pop()
+                elif part not in ("", "."):
+                    place.append(part)
+                    if further := self._links.get("/".join(place)):
+                        links += 1
+                        place = [] if further.linkname.startswith("/") else place[:-1]
+                        todo += further.linkname.split("/")[::-1]
+                        budget -= len(todo)
+                if budget < 0:
+                    raise UnsafeArchive(link.name, "symbolic links that lead through each other without end")
 
     def _hardlink(self, name: str, parent: int, member: Member) -> None:
-        *parents, target = self._components(member.linkname, member)
+        *parents, target = components(member.linkname, member) or ["."]
         keep = os.dup(parent)
         try:
             source = self._enter(parents, member)
@@ -304,7 +353,8 @@ class _Unpacker:
                 is_file = False
             if not is_file:
                 raise UnsafeArchive(
-                    member.name, f"a hard link to {member.linkname}, which is no file that came before it"
+                    member.name,
+                    f"a hard link to {_brief(member.linkname)}, which is no file that came before it",
                 )
             os.link(target, name, src_dir_fd=source, dst_dir_fd=keep, follow_symlinks=False)
         finally:
@@ -321,12 +371,12 @@ class _Unpacker:
                 "only root outside of user namespaces makes devices",
             ) from error
         self._own(member, lambda uid, gid: os.chown(name, uid, gid, dir_fd=parent, follow_symlinks=False))
-        os.chmod(name, stat.S_IMODE(member.mode), dir_fd=parent)  # it is new and ours: no link
+        os.chmod(name, member.mode, dir_fd=parent)  # it is new and ours: no link
 
     def _dress(self, descriptor: int, member: Member) -> None:
         """Owner, mode and time, in this order: chown(2) clears set-user-ID bits."""
         self._own(member, lambda uid, gid: os.fchown(descriptor, uid, gid))
-        os.fchmod(descriptor, stat.S_IMODE(member.mode))
+        os.fchmod(descriptor, member.mode)
         os.utime(descriptor, ns=_times(member))
 
     def _dress_implied(self, descriptor: int) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 from labkernel.image.layer import WHITEOUT
 from labkernel.image.merge import merge
 from labkernel.image.oci import CONFIG, BadImage, Image, Layer, Layout
-from labkernel.image.unpack import Limits, UnsafeArchive
+from labkernel.image.tarball import Limits
+from labkernel.image.unpack import UnsafeArchive
 from labkernel.lab.checks import NotYet, exercise, run_answer
 from labkernel.lab.scratch import temporary
 
