@@ -49,31 +49,42 @@ HANGS = 120
 # ---------------------------------------------------------------------- making archives
 
 
-def names(outside: str) -> st.SearchStrategy[str]:
-    """Names and links; *outside* is the path of the directory that must stay as it is.
+@dataclass(frozen=True)
+class Names:
+    """What entries are called, and what links lead to. *outside* is the path of what must stay as it is.
 
     Most are good and few, so that entries meet, and an archive gets to its third entry.
     """
-    good = ["a", "b", "c", "a/b", "b/a", "a/b/c", "c/b", "./a", "a/", "b//a", "a/canary", "b/new", "A"]
-    out = [
-        "..",
-        "../..",
-        "../outside",
-        "a/../../outside/canary",
-        "../canary",
-        "b/../..",
-        "a/..",
-        "c/../../..",
-    ]
-    absolute = [outside, f"{outside}/canary", f"{outside}/new", f"{outside}/a", "/"]
-    odd = [".", "", "/a", ".wh.a", "a/.wh.b", "a/.wh..wh..opq", ".wh.", ".wh..wh.plnk", "é", "\udce9", "a\n", "a\x9b",
-           "n" * 255, "n" * 256, "d/" * 20 + "f"]  # fmt: skip
-    return st.sampled_from([*good * 5, *out, *absolute * 2, *odd])
+
+    outside: str
+
+    def __post_init__(self) -> None:
+        good = ["a", "b", "c", "a/b", "b/a", "a/b/c", "c/b", "./a", "a/", "b//a", "a/canary", "b/new", "A"]
+        out = [
+            "..",
+            "../..",
+            "../outside",
+            "a/../../outside/canary",
+            "../canary",
+            "b/../..",
+            "a/..",
+            "c/../../..",
+        ]
+        absolute = [f"{self.outside}/canary", f"{self.outside}/new", f"{self.outside}/a", self.outside, "/"]
+        odd = [".", "", "/a", ".wh.a", "a/.wh.b", "a/.wh..wh..opq", ".wh.", ".wh..wh.plnk", "é", "\udce9", "a\n",
+               "a\x9b", "n" * 255, "n" * 256, "d/" * 20 + "f"]  # fmt: skip
+        object.__setattr__(self, "any", st.sampled_from([*good * 20, *out, *absolute, *odd]))
+        object.__setattr__(self, "links", st.sampled_from([*good * 2, *absolute * 4, *out, *odd]))
+
+    any: st.SearchStrategy[str] = field(init=False)
+    links: st.SearchStrategy[str] = field(init=False)
 
 
-KINDS = st.sampled_from([*[b"0", b"5", b"2", b"2", b"1"] * 6, b"\0", b"7", b"3", b"4", b"6", b"S", b"Z"])
+KINDS = st.sampled_from(
+    [*[b"0", b"0", b"5", b"2", b"2", b"1"] * 10, b"\0", b"7", b"3", b"4", b"6", b"S", b"Z"]
+)
 MODES = st.sampled_from(
-    [*[b"0000755"] * 20, b"0000000", b"0001777", b"0004755", b"0002755", b"0100644", bits(1 << 50, 8), b"zzz"]
+    [*[b"0000755"] * 80, b"0000000", b"0001777", b"0004755", b"0002755", b"0100644", bits(1 << 50, 8), b"zzz"]
 )
 NUMBERS = st.one_of(
     st.sampled_from(
@@ -89,10 +100,10 @@ SIZES = st.one_of(
 
 
 @st.composite
-def extended_headers(draw: st.DrawFn, names: st.SearchStrategy[str]) -> bytes:
+def extended_headers(draw: st.DrawFn, names: Names) -> bytes:
     kind = draw(st.sampled_from([b"x", b"x", b"x", b"g", b"L", b"K"]))
     if kind in b"LK":
-        return extended(kind, os.fsencode(draw(names)) + draw(st.sampled_from([b"", b"\0", b"\0/x"])))
+        return extended(kind, os.fsencode(draw(names.links)) + draw(st.sampled_from([b"", b"\0", b"\0/x"])))
     key = st.sampled_from(
         [
             "path",
@@ -106,13 +117,13 @@ def extended_headers(draw: st.DrawFn, names: st.SearchStrategy[str]) -> bytes:
             "SCHILY.xattr.user.x",
         ]
     )
-    records = draw(st.lists(st.tuples(key, st.one_of(names, NUMBERS)), max_size=3))
+    records = draw(st.lists(st.tuples(key, st.one_of(names.any, names.links, NUMBERS)), max_size=3))
     data = b"".join(record(key, value) for key, value in records)
     return extended(kind, draw(st.sampled_from([data, data, data, data[:-1], b"\xff" + data])))
 
 
 @st.composite
-def entries(draw: st.DrawFn, names: st.SearchStrategy[str]) -> bytes:
+def entries(draw: st.DrawFn, names: Names) -> bytes:
     rare = draw(st.integers(0, 15))
     kind = draw(KINDS)
     content = draw(st.sampled_from([b"", b"x", b"y" * 600])) if kind in b"0\x007" else b""
@@ -121,10 +132,12 @@ def entries(draw: st.DrawFn, names: st.SearchStrategy[str]) -> bytes:
     return (
         before
         + header(
-            os.fsencode(draw(names))[:100],
+            os.fsencode(draw(names.any))[:100],
             kind,
             size=len(content) if size is None else size,
-            link=os.fsencode(draw(names))[:100] if kind in b"12" else b"",
+            link=os.fsencode(draw(names.links if kind == b"2" else names.any))[:100]
+            if kind in b"12"
+            else b"",
             mode=draw(MODES),
             device=draw(st.sampled_from([0, 1, 1 << 20, 1 << 40])) if kind in b"34" else 0,
         )
@@ -147,8 +160,8 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {
 
 
 @st.composite
-def archives(draw: st.DrawFn, names: st.SearchStrategy[str]) -> bytes:
-    data = bytearray(b"".join(draw(st.lists(entries(names), min_size=2, max_size=6))))
+def archives(draw: st.DrawFn, names: Names) -> bytes:
+    data = bytearray(b"".join(draw(st.lists(entries(names), min_size=2, max_size=5))))
     how = draw(st.integers(0, 15))
     data += draw(st.sampled_from([b"", bytes(512), END + b"x", END * 3])) if how == 1 else END
     change = st.tuples(st.integers(0, 1 << 16), st.integers(0, 255), st.booleans())
@@ -275,13 +288,13 @@ def test_fuzz(merged: bool, share: float) -> None:
 def fuzz(place: Fuzzed, merged: bool, end: float) -> None:
     """Make archives, and try them, until that time."""
     few = settings(
-        max_examples=50,
+        max_examples=100,
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),
         print_blob=True,
     )
-    layers = st.lists(archives(names(str(place.path / "outside"))), min_size=1, max_size=3 if merged else 1)
+    layers = st.lists(archives(Names(str(place.path / "outside"))), min_size=1, max_size=3 if merged else 1)
     number = 0
     while number == 0 or time.monotonic() < end:  # hypothesis itself knows no bound but a number of examples
 
@@ -295,5 +308,5 @@ def fuzz(place: Fuzzed, merged: bool, end: float) -> None:
         number += 1
     print(f"{place.tried} archives, {place.accepted} accepted, refused for {len(place.reasons)} reasons")
     # The archives are not all nonsense, nor all harmless: they get to many places of the code.
-    assert 0.01 < place.accepted / place.tried < 0.7
+    assert 0.05 < place.accepted / place.tried < 0.7
     assert len(place.reasons) >= 10
