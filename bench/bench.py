@@ -18,7 +18,9 @@ exit status of every run is checked. What each of them puts up besides, as its o
 
 The others: in_child (a cell's child process), import (of labkernel, over Python's own start), monitor-cpu (CPU time
 of the monitor in a second of watching at 10 Hz; 10 ms are 1 % of a core), 100-containers (the start of each of the
-first ten and of the last ten of a hundred that run at once).
+first ten and of the last ten of a hundred that run at once), pack and unpack (a tree of 250 MB, files of this
+environment, against tar with zstd at the same level and with as many threads; pinned to the same processors, in turns;
+and the memory that packing and unpacking take at most, for 50 MB and for 250 MB: in a row, MiB stand for ms).
 
 The results are printed as a table, and written to build/bench.json: a list of {"benchmark", "subject", "median_ms",
 "runs"}. A missed aim is shown and does not fail the run: a busy machine is no fault of the program.
@@ -50,6 +52,9 @@ PAUSE = 0.01
 
 AIMS = {"crun": 0.5, "runc": 0.2, "bwrap": 1.0, "bare-c": 2.5}
 """The most that labkernel's median may be of theirs."""
+
+TAR_AIM = 1.3
+"""The most that packing and unpacking may take of what tar takes."""
 
 Start = Callable[[], float]
 """Starts something once, waits for its end, and returns the milliseconds. Raises Failed."""
@@ -333,12 +338,102 @@ def hundred_containers(_: int) -> list[Row]:
     return [Row("100-containers", name, statistics.median(some), len(some)) for name, some in ten.items()]
 
 
+TREE = 250 << 20
+"""Bytes of the tree that is packed; a fifth of it for the memory."""
+
+IN_CHILD = """
+import resource, sys, time
+from pathlib import Path
+import zstandard
+from labkernel.image.pack import pack
+from labkernel.image.tarball import Limits
+from labkernel.image.unpack import unpack
+began = time.perf_counter()
+source, made = Path(sys.argv[2]), Path(sys.argv[3])
+pack(source, made) if sys.argv[1] == "pack" else unpack(source, made, allow_setuid=True)
+print((time.perf_counter() - began) * 1000, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+def make_tree(root: Path, size: int) -> None:
+    """Copy real files (this environment's) until there are so many bytes."""
+    source = Path(sys.prefix)
+    for directory, directories, names in os.walk(source):
+        directories.sort()
+        for name in sorted(names):
+            path = Path(directory, name)
+            if path.is_symlink() or not path.is_file():
+                continue
+            copy = root / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)
+            size -= path.stat().st_size
+            if size <= 0:
+                return
+    raise Failed(f"pack: {source} has too few files for a tree of that size: {size} bytes are missing")
+
+
+def pack_and_unpack(rounds: int) -> list[Row]:
+    """Our tarballs against tar's, and whether memory grows with the size of the image."""
+    tar, zstd = find("tar"), find("zstd")
+    with tempfile.TemporaryDirectory(prefix="labkernel-bench-") as directory:
+        work = Path(directory)
+        memory: dict[str, list[float]] = {}
+
+        def ours(what: str, source: Path, made: Path) -> float:
+            command = [sys.executable, "-c", IN_CHILD, what, str(source), str(made)]
+            done = subprocess.run(
+                command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+            )
+            if done.returncode:
+                raise Failed(f"{what}: {done.stderr}")
+            ms, mib = map(float, done.stdout.split())
+            memory.setdefault(f"{what} {source.name.partition('.')[0]}", []).append(mib)
+            return ms
+
+        def theirs(*command: str) -> float:
+            began = time.perf_counter()
+            done = subprocess.run(command, capture_output=True, text=True)
+            took = time.perf_counter() - began
+            if done.returncode:
+                raise Failed(f"{' '.join(command)}: {done.stderr}")
+            return took * 1000
+
+        def pack_with_tar() -> float:
+            # As many threads and the level that labkernel.image.pack has.
+            return theirs("tar", "-I", "zstd -9 -T2", "-cf", f"{work}/theirs.zst", "-C", f"{work}/250MB", ".")
+
+        def unpack_ours(name: str) -> float:
+            shutil.rmtree(work / "root", ignore_errors=True)
+            return ours("unpack", work / f"{name}.zst", work / "root")
+
+        def unpack_with_tar() -> float:
+            shutil.rmtree(work / "root", ignore_errors=True)
+            (work / "root").mkdir()
+            return theirs("tar", "-I", "zstd", "-xf", f"{work}/250MB.zst", "-C", f"{work}/root")
+
+        for name, size in (("50MB", TREE // 5), ("250MB", TREE)):
+            make_tree(work / name, size)
+            ours("pack", work / name, work / f"{name}.zst")
+            unpack_ours(name)
+        packing: dict[str, Start] = {"labkernel": lambda: ours("pack", work / "250MB", work / "250MB.zst")}
+        unpacking: dict[str, Start] = {"labkernel": lambda: unpack_ours("250MB")}
+        if tar and zstd:
+            packing["tar"], unpacking["tar"] = pack_with_tar, unpack_with_tar
+        else:
+            say("left out: tar: tar or zstd is not installed")
+        few = max(1, rounds // 8)
+        rows = [*take_turns("pack", packing, few), *take_turns("unpack", unpacking, few)]
+    return [*rows, *(Row("memory, MiB", name, max(some), len(some)) for name, some in memory.items())]
+
+
 BENCHMARKS: Mapping[str, Callable[[int], list[Row]]] = {
     "start-to-exit": start_to_exit,
     "in_child": in_child,
     "import": imported,
     "monitor-cpu": monitor_cpu,
     "100-containers": hundred_containers,
+    "pack": pack_and_unpack,
 }
 
 
@@ -352,6 +447,9 @@ def table(rows: Sequence[Row]) -> str:
     lines = [f"{'benchmark':<16} {'subject':<14} {'median':>10} {'runs':>5}   labkernel is … of it"]
     for row in rows:
         lines.append(f"{row.benchmark:<16} {row.subject:<14} {row.median_ms:>7.2f} ms {row.runs:>5}")
+        mine = medians.get((row.benchmark, "labkernel"))
+        if row.benchmark in ("pack", "unpack") and mine and row.subject == "tar":
+            lines[-1] += f"   {mine / row.median_ms:.2f}, aim {verdict(mine / row.median_ms, TAR_AIM)}"
         if row.benchmark == "start-to-exit" and ours and not row.subject.startswith("labkernel"):
             aim = AIMS.get(row.subject)
             lines[-1] += f"   {ours / row.median_ms:.2f}" + (
@@ -371,6 +469,12 @@ def other_aims(medians: Mapping[tuple[str, str], float]) -> list[str]:
     first, last = (medians.get(("100-containers", name)) for name in ("first ten", "last ten"))
     if first and last:
         figures.append(("the last ten of a hundred, times the first ten", last / first, 1.5, "linear"))
+    for what in ("pack", "unpack"):
+        small, big = (medians.get(("memory, MiB", f"{what} {name}")) for name in ("50MB", "250MB"))
+        if small and big:
+            figures.append(
+                (f"memory to {what} 250 MB, times that for 50 MB", big / small, 1.3, f"{big:.0f} MiB")
+            )
     return [
         f"{what}: {value:.2f}, aim {verdict(value, aim)}" + (f" ({remark})" if remark else "")
         for what, value, aim, remark in figures

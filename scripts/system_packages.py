@@ -44,6 +44,9 @@ TABLE = (
     Package(
         "busybox-static", "busybox", ("test", "bench"), "one static binary: the smallest root file system"
     ),
+    Package(
+        "zstd", "zstd", ("test", "bench"), "compresses for tar, which unpacking and packing are compared with"
+    ),
     Package("podman", "podman", ("test",), "runs the images that are made here"),
     Package("umoci", "umoci", ("test",), "unpacks images for runc and crun, and makes some to be read here"),
     Package("skopeo", "skopeo", ("test",), "copies images between the forms that there are"),

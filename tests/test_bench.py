@@ -88,3 +88,17 @@ def test_the_table_says_whether_the_aims_are_met(bench: ModuleType) -> None:
     assert "0.45, aim 0.5: met" in crun and "1.25, aim 1: MISSED" in bwrap
     assert any("cell's child" in line and "aim 10: MISSED" in line for line in lines)
     assert any("import" in line and "aim 50: met" in line for line in lines)
+
+
+def test_packing_is_compared_with_tar(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "RESULTS", tmp_path / "bench.json")
+    monkeypatch.setattr(bench, "TREE", 5 << 20)
+    assert bench.main(["--rounds", "1", "--only", "pack"]) == 0
+    found = {(row["benchmark"], row["subject"]) for row in json.loads((tmp_path / "bench.json").read_text())}
+    assert {("pack", "labkernel"), ("unpack", "labkernel"), ("memory, MiB", "unpack 250MB")} <= found
+    if bench.find("zstd"):
+        assert {("pack", "tar"), ("unpack", "tar")} <= found
+    printed = capsys.readouterr().out
+    assert "aim 1.3" in printed and "memory to pack 250 MB" in printed
