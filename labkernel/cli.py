@@ -285,6 +285,158 @@ def images(as_json: bool) -> None:
         click.echo(f"not built: {', '.join(others)} (labkernel build NAME)")
 
 
+@verbs.command()
+@click.argument("rootfs", metavar="ROOTFS")
+@click.argument("command", nargs=-1, metavar="-- COMMAND...")
+@option(
+    "--apply",
+    is_flag=True,
+    teaches="20-trimming",
+    help="Make the trimmed copy, ROOTFS-trimmed, if the proof succeeds in it.",
+)
+@option("--undo", is_flag=True, teaches="20-trimming", help="Remove the trimmed copy, and its report.")
+@option(
+    "--also",
+    metavar="'COMMAND...'",
+    multiple=True,
+    teaches="20-trimming",
+    help="Observe this run, too: what is needed on Tuesdays only.",
+)
+@option(
+    "--keep",
+    metavar="PATTERN",
+    multiple=True,
+    teaches="20-trimming",
+    help="Keep these paths in any case, as in '/usr/share/zoneinfo/*'.",
+)
+@option(
+    "--only-observed",
+    is_flag=True,
+    teaches="20-trimming",
+    help="Let go also what lies beside what was used: smaller, and it may break on a Tuesday.",
+)
+@option(
+    "--proof",
+    metavar="'COMMAND...'",
+    multiple=True,
+    teaches="20-trimming",
+    help="Run this in the trimmed copy, in place of COMMAND.",
+)
+@option(
+    "--seconds",
+    type=click.FloatRange(min=0.1),
+    teaches="20-trimming",
+    help="For a program that does not end, a server perhaps: watch it for so long.",
+)
+@option(
+    "--timeout",
+    type=click.FloatRange(min=1),
+    default=60.0,
+    show_default=True,
+    teaches="20-trimming",
+    help="Seconds that each run may take.",
+)
+@option("--list", "listed", is_flag=True, teaches="20-trimming", help="List every path that goes.")
+@option("--env", "-e", metavar="KEY=VALUE", multiple=True, teaches="01-process", help="Set a variable.")
+@option("--user", "-u", metavar="USER[:GROUP]", default="0:0", teaches="11-user", help="Who the program is.")
+@option(
+    "--workdir", "-w", metavar="DIR", default="/", teaches="03-chroot", help="Directory in which it starts."
+)
+@json_option("20-trimming")
+def trim(
+    rootfs: str,
+    command: tuple[str, ...],
+    apply: bool,
+    undo: bool,
+    also: tuple[str, ...],
+    keep: tuple[str, ...],
+    only_observed: bool,
+    proof: tuple[str, ...],
+    seconds: float | None,
+    timeout: float,
+    listed: bool,
+    env: tuple[str, ...],
+    user: str,
+    workdir: str,
+    as_json: bool,
+) -> None:
+    """Say what of ROOTFS COMMAND does not need, and make a copy without it. [20-trimming]
+
+    ROOTFS is an image (labkernel images), a directory or a tarball; it is never changed. COMMAND is run in a container
+    of it and observed. Without --apply nothing is made: you see what would go, in groups, and how much that saves.
+    """
+    import shlex
+
+    from labkernel.image import trim as trimming
+
+    _clean_up_when_told_to_end()
+    if undo:
+        trimming.undo(rootfs)
+        click.echo(f"{trimming.trimmed_name(rootfs)} is removed")
+        return
+    if not command:
+        raise click.UsageError("say what has to run in it: labkernel trim ROOTFS -- COMMAND...")
+    also_run, proofs = ([words for text in texts if (words := shlex.split(text))] for texts in (also, proof))
+    with (
+        progress_bar() as progress,
+        trimming.studied(
+            rootfs,
+            [list(command), *also_run],
+            keep=keep,
+            only_observed=only_observed,
+            timeout=timeout,
+            enough=seconds,
+            progress=progress,
+            env=_environment(env),
+            user=user,
+            workdir=workdir,
+        ) as study,
+    ):
+        result = trimming.apply(study, proofs, timeout=timeout, progress=progress) if apply else None
+    _tell_trimmed(study.plan, rootfs, result, listed, as_json)
+
+
+def _tell_trimmed(plan: Any, rootfs: str, result: Any, listed: bool, as_json: bool) -> None:
+    from labkernel.image.trim import trimmed_name
+    from labkernel.spec import human
+
+    before, after = plan.bytes
+    if as_json:
+        groups = [
+            {"name": group.name, "goes": group.goes, "files": len(group.paths), "bytes": group.bytes}
+            | ({"paths": group.paths} if listed else {})
+            for group in plan.groups
+        ]
+        made = None if result is None else str(result)
+        click.echo(
+            json.dumps(
+                {"rootfs": rootfs, "bytes": before, "trimmed_bytes": after, "groups": groups, "made": made}
+            )
+        )
+        return
+    rows: list[Sequence[str]] = [("", "GROUP", "FILES", "SIZE", "WHY")]
+    for group in plan.groups:
+        rows.append(
+            (
+                "goes" if group.goes else "stays",
+                group.name,
+                str(len(group.paths)),
+                human(group.bytes),
+                group.why,
+            )
+        )
+    _print_table(rows)
+    if listed:
+        for path in sorted(plan.gone):
+            click.echo(path)
+    share = f"{after / before:.0%}" if before else "-"
+    click.echo(f"{human(before)} before, {human(after)} after: {share}")
+    if result is None:
+        click.echo(f"nothing is changed; --apply makes {trimmed_name(rootfs)}, if COMMAND runs in it")
+    else:
+        click.echo(f"{result} is made, and proved; --undo removes it")
+
+
 # ---------------------------------------------------------------------- images, from others and for others
 
 

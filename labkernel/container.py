@@ -159,6 +159,8 @@ class Container:
         """The pid of the container's init in our pid namespace, once it is started."""
         self.terminal: int | None = None
         """With tty: the outer end of the container's terminal."""
+        self.listener: int | None = None
+        """Where its program's calls are told, if it is observed (see `labkernel.observe`)."""
 
     # ------------------------------------------------------------------ life
 
@@ -361,6 +363,8 @@ class Container:
                 ready = True
             elif message == b"tty":
                 self.terminal = fds[0]
+            elif message == b"listener":
+                self.listener = fds[0]
             elif isinstance(message, bytes):
                 failure = message
             elif "pid" in message:

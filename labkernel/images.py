@@ -74,8 +74,17 @@ def unpacked(image: str, tarball: Path, digest: str, *, progress: Progress | Non
             _remove_earlier(place.parent.glob(f"{image}-{'[0-9a-f]' * 16}-{owner}-{count}"))
             if progress:
                 progress(f"unpack {image}", 0, 1)
-            children.in_child(_unpack, tarball, place, owner, count)
+            unpack_for_containers(tarball, place)
     return place
+
+
+def unpack_for_containers(tarball: Path, place: Path) -> None:
+    """Unpack a tarball as the new directory `place`, for the ids that containers get.
+
+    Raises what `image.unpack` raises for an archive that it refuses: nothing is left of it then.
+    """
+    base = children.launcher().facts["container_map"]
+    children.in_child(_unpack, tarball, place, base["outside"], base["count"])
 
 
 def prove(name: str, *, progress: Progress | None = None) -> None:
@@ -109,6 +118,12 @@ def prove(name: str, *, progress: Progress | None = None) -> None:
 
 PROVED_WITHIN = 120.0
 """Seconds that a proof may take; most take less than one."""
+
+
+def remove(name: str) -> None:
+    """Remove an image from the store, and what it was unpacked to, unless a container may be standing on it."""
+    store.forget(name)
+    _remove_earlier((state.home() / "rootfs").glob(f"{name}-{'[0-9a-f]' * 16}-*"))
 
 
 def _stored(name: str) -> store.Image:

@@ -74,6 +74,8 @@ class Process:
     no_new_privs: bool = True
     rlimits: tuple[tuple[int, int], ...] = ()
     """(resource, value) pairs for setrlimit, soft and hard alike; man 2 setrlimit."""
+    observed: bytes | None = None
+    """A filter program that asks whoever started it about some of its calls (see `labkernel.observe`)."""
 
     def as_record(self) -> dict[str, Any]:
         """What a further program of the container starts from, for JSON: all but the command and its terminal."""

@@ -183,6 +183,8 @@ def start_program(process: Process, stdio: tuple[int, int, int], channel: int) -
             become(uid, gid, groups)  # leaving uid 0 gives up the capabilities too
         if process.no_new_privs:
             syscalls.prctl(PR_SET_NO_NEW_PRIVS, 1)
+        if process.observed is not None:
+            be_observed(process.observed, channel)
         for number in IGNORED:
             syscalls.default_signal(number)  # what is ignored stays ignored over exec
         syscalls.block_signals(0)
@@ -195,6 +197,13 @@ def start_program(process: Process, stdio: tuple[int, int, int], channel: int) -
         execute(process)
     finally:  # an argument that execve cannot take
         os._exit(CANNOT_RUN)
+
+
+def be_observed(program: bytes, channel: int) -> None:
+    """From here on, let the caller be asked about the calls that a filter names: its listener goes to him."""
+    listener = seccomp.install(program, listener=True)
+    socket.send_fds(socket.socket(fileno=os.dup(channel)), [b"listener"], [listener])
+    os.close(listener)
 
 
 def execute(process: Process) -> NoReturn:

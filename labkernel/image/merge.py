@@ -216,12 +216,17 @@ def _info(number: int, member: Member, plan: _Plan) -> tarfile.TarInfo | None:
     path = plan.keep.get(number)
     if path is None:
         return None
+    return header(member, path, member.linkname if member.kind == "symlink" else plan.links.get(number, ""))
+
+
+def header(member: Member, path: str, linkname: str) -> tarfile.TarInfo:
+    """A member's header, to be written under this path and with this target of a link."""
     info = tarfile.TarInfo(path or ".")
     info.type = _TYPES[member.kind]
     info.mode, info.uid, info.gid, info.mtime = member.mode & 0o7777, member.uid, member.gid, member.mtime
     info.size = member.size if member.kind == "file" else 0
     info.devmajor, info.devminor = member.device if "device" in member.kind else (0, 0)
-    info.linkname = member.linkname if member.kind == "symlink" else plan.links.get(number, "")
+    info.linkname = linkname
     if member.mtime == int(member.mtime):
         info.mtime = int(member.mtime)
     return info

@@ -109,6 +109,13 @@ def note(name: str, **facts: Any) -> None:
             _write(_places(name)[1], known | facts)
 
 
+def forget(name: str) -> None:
+    """Remove an image, if it is there."""
+    with state.locked(state.home() / "images"):
+        for place in reversed(_places(name)):
+            place.unlink(missing_ok=True)
+
+
 def _places(name: str) -> tuple[Path, Path]:
     directory = state.home() / "images"
     return directory / f"{name}.tar.zst", directory / f"{name}.json"
