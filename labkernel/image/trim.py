@@ -648,14 +648,17 @@ def _hint(study: Study, tree: Path, command: Sequence[str], done: Any, timeout: 
     with contextlib.suppress(OSError, TimeoutError):
         again = observe(Container(tree, command, **study.options), timeout=timeout, enough=study.enough)
         asked = sorted(again.missing & gone.keys())
-    if (
-        not asked
-    ):  # a directory was listed, and the name was not in it; then the program's own words are all there is
-        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        words = set(re.findall(r"[\w+-]{4,}", " ".join(last)))
+    if not asked:
+        # A directory was listed, and the name was not in it: the program's own words are all there is.
+        last = " ".join(done.stderr.decode(errors="replace").strip().splitlines()[-1:])
+        words = {
+            part for quoted in re.findall(r"['\"`‘]([\w.+-]+)['\"`’]", last) for part in quoted.split(".")
+        }
+        words |= set(last.split()[-1:])
         asked = sorted(path for path in gone if posixpath.basename(path).split(".")[0] in words)
     if not asked:
         return "; try without --only-observed, or observe more (--also)"
     some = ", ".join(f"{path} (group {gone[path]})" for path in asked[:3])
     more = f" and {len(asked) - 3} more" if len(asked) > 3 else ""
-    return f"; it asked for what went: {some}{more}. Keep it (--keep {shlex.quote(asked[0])}), or observe more (--also)"
+    keep = " ".join(f"--keep {shlex.quote(path)}" for path in asked[:3])
+    return f"; it asked for what went: {some}{more}. Keep it ({keep}), or observe more (--also)"
