@@ -36,7 +36,7 @@ from labkernel.image import Progress, elf, exchange, store
 from labkernel.image.closure import OPENED_BY_LIBC
 from labkernel.image.merge import header
 from labkernel.image.pack import Compression, Digester, compressor, gzip_size, pack, written_at_once
-from labkernel.image.tarball import Member, open_tarball
+from labkernel.image.tarball import BadTarball, Member, open_tarball
 from labkernel.image.unpack import unpack
 from labkernel.observe import Observation, observe
 
@@ -459,6 +459,11 @@ def open_source(rootfs: str, work: Path, *, progress: Progress | None = None) ->
         children.in_child(pack, path.absolute(), tarball, compression="none", same_owner=True)
         return Source("directory", str(path), tarball)
     if path.is_file():
+        try:
+            with open_tarball(path) as archive:
+                next(iter(archive), None)
+        except BadTarball as error:
+            raise ValueError(f"{rootfs} is neither a directory nor a tarball: {error}") from error
         return Source("tarball", rootfs, path.absolute())
     if "/" in rootfs or rootfs.endswith(SUFFIXES):
         raise images.NoSuchImage(f"{rootfs} is neither a directory nor a tarball")
