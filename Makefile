@@ -19,7 +19,7 @@ PYTHON ?= $(shell for p in $(PYTHONS); do "$$p" $(ENOUGH) 2>/dev/null && echo "$
 PORT ?= 8888
 export WHEELS
 
-SHELL_SCRIPTS = $(shell git ls-files -co --exclude-standard | xargs grep -lE '^\#!.*\b(ba)?sh\b' 2>/dev/null)
+SHELL_SCRIPTS = $(shell git ls-files -co --exclude-standard | xargs awk 'FNR == 1 && /^\#!.*[\/ ](ba)?sh( |$$)/ { print FILENAME } { nextfile }' 2>/dev/null)
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r t w; do \
