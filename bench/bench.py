@@ -446,7 +446,8 @@ def table(rows: Sequence[Row]) -> str:
     ours = medians.get(("start-to-exit", "labkernel"))
     lines = [f"{'benchmark':<16} {'subject':<14} {'median':>10} {'runs':>5}   labkernel is … of it"]
     for row in rows:
-        lines.append(f"{row.benchmark:<16} {row.subject:<14} {row.median_ms:>7.2f} ms {row.runs:>5}")
+        unit = "MiB" if row.benchmark.startswith("memory") else "ms"
+        lines.append(f"{row.benchmark:<16} {row.subject:<14} {row.median_ms:>7.2f} {unit:<3} {row.runs:>4}")
         mine = medians.get((row.benchmark, "labkernel"))
         if row.benchmark in ("pack", "unpack") and mine and row.subject == "tar":
             lines[-1] += f"   {mine / row.median_ms:.2f}, aim {verdict(mine / row.median_ms, TAR_AIM)}"
