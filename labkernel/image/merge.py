@@ -26,7 +26,7 @@ from labkernel.image import Progress
 from labkernel.image.layer import OPAQUE, WHITEOUT
 from labkernel.image.pack import Compression, Digester, compressor, new_archive, written_at_once
 from labkernel.image.tarball import LIMITS, BadTarball, Limits, Member, Tarball
-from labkernel.image.unpack import UnsafeArchive, components, examined
+from labkernel.image.unpack import UnsafeArchive, brief, components, examined
 
 Opener: TypeAlias = Callable[[int], AbstractContextManager[Tarball]]
 """Opens a layer; it may unpack to so many bytes."""
@@ -187,7 +187,7 @@ def _follow_links(members: Sequence[Member], own: dict[str, int], plan: _Plan, a
         target = "/".join(components(member.linkname, member))
         first = own.get(target)
         if first is not None and first >= number:
-            raise UnsafeArchive(member.name, f"a hard link to {target!r:.200}, which comes after it")
+            raise UnsafeArchive(member.name, f"a hard link to {brief(target)}, which comes after it")
         if first is not None:
             target, first = origins.get(first, (target, first))
         origins[number] = target, first
@@ -196,7 +196,7 @@ def _follow_links(members: Sequence[Member], own: dict[str, int], plan: _Plan, a
         if first is None and above.hides(target, "file"):
             raise UnsafeArchive(
                 member.name,
-                f"a hard link to {target!r:.200} of a layer below, which another layer has replaced",
+                f"a hard link to {brief(target)} of a layer below, which another layer has replaced",
             )
         if first is None or first in plan.keep:
             plan.links[number] = target

@@ -37,8 +37,7 @@ class UnsafeArchive(ValueError):
     """The archive was refused: ``entry`` names the entry at fault (empty: all of it), ``reason`` says why."""
 
     def __init__(self, entry: str, reason: str) -> None:
-        # As Python writes a text: names of strangers hold what a terminal would obey.
-        super().__init__(f"{_brief(entry)}: {reason}" if entry else reason)
+        super().__init__(f"{entry[:200]!r}: {reason}" if entry else reason)
         self.entry = entry
         self.reason = reason
 
@@ -47,8 +46,10 @@ class UnsafeArchive(ValueError):
         return UnsafeArchive, (self.entry, self.reason)
 
 
-def _brief(text: str) -> str:
-    return repr(text if len(text) <= 200 else f"{text[:199]}…")
+def brief(text: str) -> str:
+    """A name of a stranger, to be shown: cut short, and as Python writes it where a terminal would obey it."""
+    text = text if len(text) <= 200 else f"{text[:199]}…"
+    return text if text.isprintable() else repr(text)
 
 
 _CONTROL = re.compile("[\0-\x1f\x7f-\x9f]")
@@ -62,12 +63,12 @@ def components(path: str, member: Member) -> list[str]:
     if _CONTROL.search(path):
         raise UnsafeArchive(member.name, "control characters in a path")
     if path.startswith("/"):
-        raise UnsafeArchive(member.name, f"the path {_brief(path)} is absolute")
+        raise UnsafeArchive(member.name, f"the path {brief(path)} is absolute")
     if not path:
         raise UnsafeArchive(member.name, "an empty path")
     parts = [part for part in path.split("/") if part not in ("", ".")]
     if ".." in parts:
-        raise UnsafeArchive(member.name, f"the path {_brief(path)} has a component ..")
+        raise UnsafeArchive(member.name, f"the path {brief(path)} has a component ..")
     # A character has at most four bytes: most paths need no closer look.
     if (len(path) >= 1024 or max(map(len, parts), default=0) > 63) and (
         len(os.fsencode(path)) >= 4096 or any(len(os.fsencode(part)) > 255 for part in parts)
@@ -329,7 +330,7 @@ class _Unpacker:
                 part = todo.pop()
                 budget -= 1
                 if part == ".." and not place:
-                    raise UnsafeArchive(link.name, f"a symbolic link that leads out: {_brief(link.linkname)}")
+                    raise UnsafeArchive(link.name, f"a symbolic link that leads out: {brief(link.linkname)}")
                 if part == "..":
                     place.pop()
                 elif part not in ("", "."):
@@ -354,7 +355,7 @@ class _Unpacker:
             if not is_file:
                 raise UnsafeArchive(
                     member.name,
-                    f"a hard link to {_brief(member.linkname)}, which is no file that came before it",
+                    f"a hard link to {brief(member.linkname)}, which is no file that came before it",
                 )
             os.link(target, name, src_dir_fd=source, dst_dir_fd=keep, follow_symlinks=False)
         finally:
