@@ -46,13 +46,16 @@ recipes: setup ## every root file system of rootfs-recipes, built and proved; on
 test: setup ## every test, and every notebook against its stored outputs
 	@.venv/bin/python scripts/system_packages.py test
 	@mkdir -p build
-	@# The exercises share the processors; nothing else does: it compares what is on the machine before and after.
-	@exercises=0; others=0; \
-	.venv/bin/python -m pytest tests/test_exercises.py --numprocesses 2 --junitxml build/test-exercises.xml \
-	    $(ARGS) || exercises=$$?; \
-	.venv/bin/python -m pytest tests $(wildcard notebooks) --nbval --ignore tests/browser \
-	    --ignore tests/test_exercises.py --junitxml build/test.xml $(ARGS) || others=$$?; \
-	scripts/verdict $$exercises $$others
+	@together=0; alone=0; \
+	.venv/bin/python -m pytest $(TOGETHER) --numprocesses 2 --dist loadfile --junitxml build/test-together.xml \
+	    $(ARGS) || together=$$?; \
+	.venv/bin/python -m pytest $(ALONE) $(wildcard notebooks) --nbval --junitxml build/test.xml $(ARGS) || alone=$$?; \
+	scripts/verdict $$together $$alone
+# These measure, or compare what is on the machine before and after: nobody else works meanwhile. All others share
+# the processors.
+ALONE = $(wildcard $(patsubst %,tests/test_%.py,bench box cgroups children cleanup cli container dashboard doctor \
+    first_container killed_notebooks monitor notebook notebooks relay rootless run_notebooks spec))
+TOGETHER = $(filter-out $(ALONE),$(wildcard tests/test_*.py))
 
 test-vm: setup ## the tests that want cgroup v2 and systemd, in a virtual machine made for it
 	@vm/test-vm $(ARGS)

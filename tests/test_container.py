@@ -274,7 +274,7 @@ def test_the_context_manager_removes_also_when_there_is_an_error() -> None:
     with pytest.raises(ZeroDivisionError), sleeping() as container:
         _ = 1 / 0
     assert not container.running()
-    assert_nothing_left(before, within=5)
+    assert_nothing_left(before)
 
 
 def test_signals_are_forwarded_to_the_program() -> None:

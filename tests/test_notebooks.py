@@ -177,7 +177,8 @@ def test_outputs_as_stored_pass(place: Path) -> None:
     updated = "shown = display('first', display_id=True)\nshown.update('last')"
     cleared = "from IPython.display import clear_output\nprint('gone')\nclear_output()\nprint('stays')"
     captured = "import ipywidgets\nbox = ipywidgets.Output()\nwith box:\n    print('captured')"
-    child = "import subprocess\n_ = subprocess.run(['echo', 'from a child'])"
+    # (ipykernel has a thread that reads what children print: on a busy machine it needs a moment.)
+    child = "import subprocess, time\n_ = subprocess.run(['echo', 'from a child'])\ntime.sleep(1)"
     done = nbval(
         place,
         a_notebook(
