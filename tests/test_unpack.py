@@ -572,19 +572,6 @@ def test_a_user_is_told_that_he_cannot_give_files_away(place: Place) -> None:
     assert sorted(place.path.iterdir()) == before
 
 
-def test_fast(tmp_path: Path) -> None:
-    # As many files and bytes as a Python image has.
-    tree = tmp_path / "tree"
-    for number in range(1500):
-        path = tree / f"d{number % 40}" / f"f{number}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(os.urandom(8_000) + bytes(16_000))
-    pack(tree, tmp_path / "t.tar.zst")
-    start = time.perf_counter()
-    unpack(tmp_path / "t.tar.zst", tmp_path / "root")
-    assert time.perf_counter() - start < 1
-
-
 def test_an_image_of_ours_passes_its_own_customs(tmp_path: Path) -> None:
     pack(closure(["sh"]), tmp_path / "t.tar.zst")
     assert unpack(tmp_path / "t.tar.zst", tmp_path / "root").entries > 20
