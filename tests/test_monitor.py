@@ -181,7 +181,8 @@ time.sleep(600)
         until(lambda: said(container, "done"))
         received, sent = monitor.network_bytes(container.pid)
     assert received == sent  # the loopback's
-    assert received == pytest.approx(4 << 20, rel=0.05)
+    # Every packet has a header of its own, and a busy machine sends more and smaller ones.
+    assert 4 << 20 <= received < 1.25 * (4 << 20)
 
 
 def test_it_ends_with_the_container_and_has_its_final_counters(limits: None) -> None:
