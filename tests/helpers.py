@@ -29,12 +29,15 @@ SETTLES_WITHIN = 15.0
 
 
 @contextlib.contextmanager
-def own_home(factory: pytest.TempPathFactory, *, descriptors: bool = True) -> Iterator[Path]:
+def own_home(
+    factory: pytest.TempPathFactory, *, descriptors: bool = True, images_too: bool = True
+) -> Iterator[Path]:
     """An empty LABKERNEL_HOME, a launcher that ends with it, and the proof that both are left without a trace.
 
     Temporary files go there too, so that those of others who work with the lab are not taken for ours.
 
-    The image and its unpacked root file system are shared by all homes of this run of the tests.
+    The image and its unpacked root file system are shared by all homes of this run of the tests; a test that counts
+    images wants none of them (`images_too`).
     """
     shared = factory.getbasetemp() / "shared"
     place = factory.mktemp("home")
@@ -42,7 +45,8 @@ def own_home(factory: pytest.TempPathFactory, *, descriptors: bool = True) -> It
         children.close_launcher()
         images.rootfs()
         children.close_launcher()
-    link_images(shared, place)
+    if images_too:
+        link_images(shared, place)
     (place / "tmp").mkdir()
     with environment(LABKERNEL_HOME=str(place), TMPDIR=str(place / "tmp")):
         tempfile.tempdir = None  # so that TMPDIR is looked at

@@ -42,9 +42,7 @@ done
 
 @pytest.fixture(autouse=True, scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with own_home(tmp_path_factory) as place:
-        (place / "images").unlink()  # those of this run of the tests are shared with others, who count them
-        (place / "rootfs").unlink()
+    with own_home(tmp_path_factory, images_too=False) as place:
         yield place
 
 
