@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import errno
 import gc
+import importlib
 import json
 import os
 import pickle
@@ -189,6 +190,14 @@ class Launcher:
             "no_containers": self.no_containers,
         }
         _send(channel, facts)
+        channel.close()
+
+    def do_preload(self, request: Message, channel: socket.socket, _: list[int]) -> None:
+        """Import modules here, so that no child that follows has to do it for itself."""
+        for name in request["modules"]:
+            importlib.import_module(name)
+        gc.freeze()
+        _send(channel, {})
         channel.close()
 
     def do_child(self, _: Message, channel: socket.socket, fds: list[int]) -> None:

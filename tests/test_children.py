@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from labkernel import children
-from labkernel.children import ChildFailed, LauncherDied, in_child, start_child
+from labkernel.children import ChildFailed, LauncherDied, in_child, preload, start_child
 from labkernel.container import Container
 from labkernel.linux import mounts, namespaces, syscalls
 from tests.helpers import assert_nothing_left, own_home, rootless
@@ -356,6 +356,21 @@ def test_a_process_left_behind_does_not_hold_us_up_and_ends_with_the_launcher() 
     assert time.monotonic() - started < 10
     children.close_launcher()
     assert gone(pid, 1)
+
+
+def test_what_is_preloaded_is_there_in_every_child_that_follows() -> None:
+    def loaded() -> bool:
+        return "colorsys" in sys.modules
+
+    before = in_child(loaded)
+    preload("colorsys")
+    assert (before, in_child(loaded), in_child(loaded)) == (False, True, True)
+
+
+def test_a_module_that_is_not_there_cannot_be_preloaded() -> None:
+    with pytest.raises(ModuleNotFoundError, match="no_such_module_of_ours"):
+        preload("no_such_module_of_ours")
+    assert in_child(lambda: 1) == 1
 
 
 def test_kill() -> None:
