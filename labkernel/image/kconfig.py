@@ -67,6 +67,10 @@ def read_config(text: str) -> Config:
             name, equals, value = line.partition("=")
             if not equals or not re.fullmatch(r"\w+", name):
                 raise ValueError(f"no line of a defconfig: {line!r}")
+            if not re.fullmatch(r'[yn]|"[^"]*"|-?\d+|0x[\da-fA-F]+', value):
+                raise ValueError(
+                    f"the value of {name} is neither y nor n, a number, or a text in quotes: {value!r}"
+                )
             found[name] = value
     return found
 
@@ -126,9 +130,9 @@ def _value(symbol: Symbol, rules: Rules, wanted: Mapping[str, str], now: Config)
 
 
 def _chosen(choice: str, rules: Rules, wanted: Mapping[str, str], now: Config) -> str:
-    """Which symbol of a choice it is: the one that is asked for, or the default, or the first there is."""
+    """Which symbol of a choice it is: the last that is asked for, or the default, or the first there is."""
     members = [one.name for one in rules.symbols.values() if one.choice == choice and holds(one.depends, now)]
-    asked = [name for name in members if wanted.get(name) == "y"]
+    asked = [name for name, value in wanted.items() if value == "y" and name in members]
     default = _first(rules.choices[choice], now)
     return asked[-1] if asked else default if default in members else members[0] if members else ""
 

@@ -12,9 +12,10 @@ import logging
 import math
 import os
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import cycle, pairwise
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from labkernel.monitor import Recording
@@ -509,16 +510,18 @@ def weight_figure(weights: Sequence[Weight], title: str = "", depth: int = 3) ->
     groups = _groups(weights, depth)
     totals = {name: float(sum(parts.values())) for name, parts in groups.items()}
     nameless = [0.0]
-    for shade, (name, (x, y, width, height)) in zip(
-        cycle(shades), squarify(totals, 160, 92).items(), strict=False
-    ):
+    for name, (x, y, width, height) in squarify(totals, 160, 92).items():
+        shade = shades[
+            zlib.crc32(name.encode()) % len(shades)
+        ]  # the same directory, the same colour in all pictures
         head = 4.0 if height > 8 and width > 12 else 0.0
         for part, (px, py, w, h) in squarify(groups[name], width, height - head).items():
             axes.add_patch(
                 Rectangle((x + px, y + py), w, h, facecolor=shade, edgecolor="white", linewidth=0.8)
             )
             size = groups[name][part]
-            labels = (f"{_short(part, letters)}\n{size / MIB:.1f}" for letters in (18, 15, 12, 9))
+            weight = f"{size / MIB:.1f}" if size >= MIB / 20 else f"{size / 1024:.0f} KiB"
+            labels = (f"{_short(part, letters)}\n{weight}" for letters in (18, 15, 12, 9))
             if not any(_label(axes, (x + px, y + py, w, h), label, 7.0) for label in labels):
                 nameless.append(size)
         axes.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor="#333333", linewidth=1.2))

@@ -25,17 +25,21 @@ PROGRAMS = ("sh", "ls", "cat", "grep")
 
 
 @exercise("20.1", looks_at="the libraries that your function names, and whether the programs do without them")
-def orphans(answer: Callable[[Path], Any]) -> str:
+def unneeded(answer: Callable[[Path], Any]) -> str:
     """A root with programs, and with libraries that belong to others: alone, and in a chain."""
     with temporary() as place:
         root = _root(place, PROGRAMS)
+        _indirect(root)
         honest = {path for path in _libraries(root) if path in _needed(root)}
         strangers = _strangers(root)
+        libraries = set(_libraries(root))
         found = run_answer(answer, root)
+        if libraries != set(_libraries(root)):
+            raise NotYet("your function has changed the root; it shall only look")
         if not isinstance(found, list | tuple | set) or not all(isinstance(one, str) for one in found):
             raise NotYet(f"a list of paths is asked for, and this is {found!r}"[:120])
         names = {f"/{one.lstrip('/')}" for one in found}
-        if unknown := sorted(names - set(_libraries(root))):
+        if unknown := sorted(names - libraries):
             raise NotYet(f"this is no shared library of the root: {unknown[0]!r}"[:160])
         if wrong := names & honest:
             raise NotYet(
@@ -82,6 +86,21 @@ def _needed(root: Path) -> set[str]:
     return found
 
 
+def _indirect(root: Path) -> None:
+    """A program in /usr/sbin that needs a library that needs another one, which nobody else asks for."""
+    libc = next(path for path in _libraries(root) if path.endswith("/libc.so.6"))
+    beside, content = (root / libc[1:]).parent, (root / libc[1:]).read_bytes()
+    first, second = f"lib{secrets.token_hex(1)}.so", f"lib{secrets.token_hex(4)}.so.1"
+    asked = elf.Loader(root).load(libc)[0].elf.needed[0].encode()
+    (beside / first).write_bytes(content.replace(asked + b"\0", second.encode().ljust(len(asked) + 1, b"\0")))
+    (beside / second).write_bytes(content)
+    program = (root / _place_of(root, "cat")[1:]).read_bytes()
+    (root / "usr/sbin").mkdir(exist_ok=True)
+    (root / "usr/sbin" / secrets.token_hex(4)).write_bytes(
+        program.replace(b"libc.so.6\0", first.encode().ljust(10, b"\0"))
+    )
+
+
 def _strangers(root: Path) -> set[str]:
     """Libraries that no program needs: what came with the C library, and a chain of two that need one another."""
     strangers = set(_libraries(root)) - _needed(root)
@@ -119,9 +138,18 @@ def breaks(answer: Callable[[Path, list[str]], Any]) -> str:
 
 
 def _write_report(root: Path, days: list[str], bad: list[str]) -> None:
-    name = secrets.token_hex(4)
-    cases = "".join(f"  {day}) . /app/{name};;\n" for day in bad)
+    """A program that reads another file each day: on bad days that is missing, or ends the program in its own way."""
     (root / "app").mkdir(exist_ok=True)
+    cases = ""
+    for day in days:
+        name = secrets.token_hex(4)
+        cases += f"  {day}) . /app/{name};;\n"
+        if day not in bad:
+            (root / "app" / name).touch()
+        elif bad.index(day) == 1:  # it ends by a signal, and not by a status
+            (root / "app" / name).write_text("kill -9 $$\n")
+        elif bad.index(day) == 2:  # and says nothing
+            (root / "app" / name).write_text("exit 3\n")
     (root / "app/report").write_text(f'case "$1" in\n{cases}  *) echo "report of $1";;\nesac\n')
 
 
@@ -138,16 +166,34 @@ def diet(answer: Callable[[Path, list[list[str]], int], Any]) -> str:
         limit = int(1.05 * sure)
         if any(_status(root, test) for test in tests):
             raise NotYet("the check's own tests do not pass here")
+        before = _contents(root)
         run_answer(answer, root, tests, limit)
         if not root.is_dir():
             raise NotYet("the root itself is gone")
-        failed = [number for number, test in enumerate(tests, 1) if _status(root, test)]
-        if failed:
-            raise NotYet(f"test {failed[0]} of {len(tests)} does not pass any more")
+        for test in tests:
+            if status := _status(root, test):
+                why = {
+                    126: "cannot be started: is it executable (chmod)?",
+                    127: "is not found, or its interpreter",
+                }
+                raise NotYet(
+                    f"{' '.join(test)} ends with status {status} now: {why.get(status, 'it misses a file')}"
+                )
+        for path, content in _contents(root).items():
+            if path not in before:
+                raise NotYet(f"a file was not there before: {path}")
+            if content != before[path]:
+                raise NotYet(f"a file has another content than before: {path}")
         size = sum(weight.bytes for weight in weigh(root))
         if size > limit:
             raise NotYet("the tests pass, but the root weighs more than is allowed")
     return f"{len(tests)} tests pass, and the root is within its limit."
+
+
+def _contents(root: Path) -> dict[str, bytes]:
+    """What is in all files of the root, by their paths inside."""
+    files = (path for path in root.rglob("*") if path.is_file() and not path.is_symlink())
+    return {f"/{path.relative_to(root)}": path.read_bytes() for path in files}
 
 
 def _load(root: Path) -> list[str]:
@@ -163,12 +209,16 @@ def _tests(root: Path, needed: Sequence[str]) -> list[list[str]]:
     """Each kind of program once, and each needed file by one of them."""
     shell, cat, grep, ls = (_place_of(root, name) for name in ("sh", "cat", "grep", "ls"))
     word = (root / needed[1][1:]).read_text()[:20]
-    return [
-        [shell, "-c", f'read -r line < {needed[0]} || test -n "$line"'],
-        [grep, "-q", word, needed[1]],
-        [cat, needed[2]],
-        [ls, "/data"],
-    ]
+    (root / "app").mkdir(exist_ok=True)
+    scripts = {
+        "one": 'read -r line < "/data/$a$b" || test -n "$line"',
+        "two": f'{grep} -q {word} "/data/$a$b"',
+        "three": f'{cat} "/data/$a$b"',
+    }
+    for (name, text), file in zip(scripts.items(), needed, strict=True):
+        start, end = file[6:10], file[10:]
+        (root / "app" / name).write_text(f"a={start} b={end}\n{text}\n")
+    return [*([shell, f"/app/{name}"] for name in scripts), [ls, "/data"]]
 
 
 def _status(root: Path, command: Sequence[str]) -> int:
