@@ -51,11 +51,10 @@ test: setup ## every test, and every notebook against its stored outputs
 	    $(ARGS) || together=$$?; \
 	.venv/bin/python -m pytest $(ALONE) $(wildcard notebooks) --nbval --junitxml build/test.xml $(ARGS) || alone=$$?; \
 	scripts/verdict $$together $$alone
-# These measure, or compare what is on the machine before and after: nobody else works meanwhile. (Three want a short
-# path to their directory, or one that another user may enter.) All others share the processors.
-ALONE = $(wildcard $(patsubst %,tests/test_%.py,bench box cgroups children cleanup cli container dashboard doctor \
-    first_container killed_notebooks monitor notebook notebooks pack relay rootless run_notebooks spec unpack \
-    vagrant))
+# These measure, or look at processors that nobody else uses; some want a short path to their directory, or one that
+# another user may enter. All others share the processors.
+ALONE = $(wildcard $(patsubst %,tests/test_%.py,bench box cgroups children cleanup container dashboard doctor \
+    first_container monitor notebook pack relay rootless spec unpack vagrant))
 TOGETHER = $(filter-out $(ALONE),$(wildcard tests/test_*.py))
 
 test-vm: setup ## the tests that want cgroup v2 and systemd, in a virtual machine made for it
