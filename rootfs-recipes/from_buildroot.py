@@ -20,13 +20,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import tomllib
 import urllib.request
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from meanwhile import meanwhile
 
 from labkernel.image import Progress, kconfig
 from labkernel.image.recipes import BuildError, NotHere, Recipe
@@ -80,7 +80,8 @@ def make_image(root: Path, recipe: Recipe, tell: Progress, defconfig: str) -> li
     environment = surroundings(recipe.cache / "downloads")
     make = ["make", "-C", source, f"O={output}", f"BR2_EXTERNAL={TREE}"]
     configure(make, (TREE / "configs" / defconfig).read_text(), place, recipe, environment)
-    with told(output, len(order(make, environment)), tell):
+    total = len(order(make, environment))
+    with meanwhile(lambda: tell_built(output, total, tell), 2):
         recipe.run(*make, env=environment)
     print((output / "images" / "sizes.txt").read_text())
     tell("collect licences", 0, 1)
@@ -187,23 +188,10 @@ def order(make: list[Any], environment: Mapping[str, str]) -> list[str]:
     return done.stdout.split()
 
 
-@contextmanager
-def told(output: Path, total: int, tell: Progress) -> Iterator[None]:
-    """While the block lasts, tell how many packages are installed: Buildroot leaves a stamp for each."""
-    ended = threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(2):
-            stamps = len(list(output.glob("build/*/.stamp_installed")))
-            tell("build packages", min(stamps, total), total)
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        watcher.join()
+def tell_built(output: Path, total: int, tell: Progress) -> None:
+    """Tell how many packages are installed: Buildroot leaves a stamp for each."""
+    stamps = len(list(output.glob("build/*/.stamp_installed")))
+    tell("build packages", min(stamps, total), total)
 
 
 def main(arguments: list[str]) -> int:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+from meanwhile import meanwhile
 
 from labkernel.image import Progress
 from labkernel.image.recipes import BuildError, Recipe
@@ -61,7 +62,7 @@ def install(
         f'-o DPkg::Chroot-Directory="$1" install {" ".join(with_recommended)}'
     )
     keep = f'APT_CONFIG="$MMDEBSTRAP_APT_CONFIG" apt-get -qq autoclean; rm -f {cache}/*; cp {archives}/*.deb {cache}/'
-    with _told(root, tell):
+    with meanwhile(lambda: _tell_installed(root, tell), 0.5):
         recipe.run(
             "mmdebstrap", "--mode=root", "--format=directory", f"--variant={variant}",
             "--include=" + ",".join(packages),
@@ -81,25 +82,12 @@ def install(
     return [OS_RELEASE, Path(__file__)]
 
 
-@contextlib.contextmanager
-def _told(root: Path, tell: Progress) -> Iterator[None]:
-    """While the block lasts, tell how many of the packages that were downloaded dpkg has configured, by its own log."""
-    ended = threading.Event()
-
-    def watch() -> None:
-        while not ended.wait(0.5):
-            packages = len(list(root.glob("var/cache/apt/archives/*.deb")))
-            with contextlib.suppress(OSError):
-                log = (root / "var/log/dpkg.log").read_text(errors="replace")
-                tell("install packages", log.count(" status installed "), packages)
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        watcher.join()
+def _tell_installed(root: Path, tell: Progress) -> None:
+    """Tell how many of the packages that were downloaded dpkg has configured, by its own log."""
+    packages = len(list(root.glob("var/cache/apt/archives/*.deb")))
+    with contextlib.suppress(OSError):
+        log = (root / "var/log/dpkg.log").read_text(errors="replace")
+        tell("install packages", log.count(" status installed "), packages)
 
 
 def codename() -> str:

@@ -100,6 +100,18 @@ def connect(netns: int, address: str, port: int = 80) -> socket.socket:
         return socket.create_connection((address, port), timeout=1)
 
 
+def lay_uplink(outside: int) -> None:
+    """A cable from here, 192.0.2.1, to a namespace that plays the outside, 192.0.2.2."""
+    network.add_veth("lk-up", "eth0", outside)
+    network.add_address("lk-up", "192.0.2.1/24")
+    network.set_up("lk-up")
+    with entered(outside):
+        network.add_address("eth0", "192.0.2.2/24")
+        network.set_up("eth0")
+        network.wait_until_it_carries("eth0")
+    network.wait_until_it_carries("lk-up")
+
+
 def test_importing_the_module_imports_no_netlink_library() -> None:
     code = "import sys, labkernel.linux.network; print('pyroute2' in sys.modules, 'asyncio' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == ["False", "False"]
@@ -262,15 +274,7 @@ def test_outside_sees_the_address_of_the_uplink_and_reaches_only_what_is_publish
         with ExitStack() as stack:
             one, outside = (stack.enter_context(namespace()) for _ in range(2))
             lab.attach("one", one)
-            network.add_veth("lk-up", "eth0", outside)
-            network.add_address("lk-up", "192.0.2.1/24")
-            network.set_up("lk-up")
-            with entered(outside):
-                network.add_address("eth0", "192.0.2.2/24")
-                network.set_up("eth0")
-                network.wait_until_it_carries("eth0")
-            network.wait_until_it_carries("lk-up")
-
+            lay_uplink(outside)
             there = stack.enter_context(listener(outside, "192.0.2.2"))
             with pytest.raises(OSError):  # nobody outside knows the way back to 10.213.0.2
                 connect(one, "192.0.2.2")
@@ -302,15 +306,9 @@ def test_a_router_that_is_not_told_to_refuse_lets_everybody_in(user: str) -> Non
         with ExitStack() as stack:
             one, outside = (stack.enter_context(namespace()) for _ in range(2))
             lab.attach("one", one)
-            network.add_veth("lk-up", "eth0", outside)
-            network.add_address("lk-up", "192.0.2.1/24")
-            network.set_up("lk-up")
+            lay_uplink(outside)
             with entered(outside):
-                network.add_address("eth0", "192.0.2.2/24")
-                network.set_up("eth0")
                 network.add_route("10.213.0.0/16", "192.0.2.1")
-                network.wait_until_it_carries("eth0")
-            network.wait_until_it_carries("lk-up")
             network.masquerade("lk-up")
             stack.enter_context(listener(one, "0.0.0.0"))
             there = stack.enter_context(listener(outside, "192.0.2.2"))
