@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import contextlib
 import gzip
+import lzma
 import os
 import stat
 import subprocess
@@ -437,6 +439,11 @@ def test_bomb_of_entries(place: Place) -> None:
 def test_no_archive_at_all(place: Place) -> None:
     for data in (b"", b"hello", b"\x28\xb5\x2f\xfd", b"\x1f\x8b\x08\x00", os.urandom(2000)):
         place.refused(data)
+
+
+@pytest.mark.parametrize(("program", "compress"), [("xz", lzma.compress), ("bzip2", bz2.compress)])
+def test_another_compression_is_named(place: Place, program: str, compress: Callable[[bytes], bytes]) -> None:
+    assert f"is compressed by {program}: decompress it first" in place.refused(compress(good())).reason
 
 
 def test_what_is_there_is_not_touched(place: Place) -> None:

@@ -34,6 +34,9 @@ RECORD = 512
 _MAX_EXTENDED = 1 << 20  # bytes of an extended header: a path has at most 4096 (PATH_MAX)
 _MAX_RECORDS = 1000  # in one pax header; honest ones have a handful, or some dozens of extended attributes
 _MAX_NAMES = 64 << 20  # bytes of all names and links of an archive, which some readers keep in memory
+OTHERS = {b"\xfd7zXZ\0": "xz", b"BZh91AY&SY": "bzip2"}
+"""How files begin that are compressed by other programs, as those may have left them."""
+
 _ZSTD_WINDOW = 128 << 20  # bytes of memory that a zstd archive may ask for; zstd(1) itself has this limit
 _BLOCK = 1 << 18  # bytes
 _BLOCKS = 8  # that are decompressed ahead
@@ -391,13 +394,16 @@ class _Ahead(io.RawIOBase):
 @contextmanager
 def open_tarball(path: Path, limits: Limits | None = None) -> Iterator[Tarball]:
     """Open the tarball *path*, compressed by zstd or gzip or not at all (its first bytes tell), for one
-    pass. With *limits*, reading more than they allow raises BadTarball.
+    pass. With *limits*, reading more than they allow raises BadTarball, as do other compressions.
     """
     with path.open("rb") as file, ExitStack() as stack:
-        magic = file.read(4)
+        magic = file.read(10)
         file.seek(0)
+        for begin, program in OTHERS.items():
+            if magic.startswith(begin):
+                raise BadTarball(f"{path.name} is compressed by {program}: decompress it first ({program} -dk FILE)")
         stream: BinaryIO = file
-        if magic == b"\x28\xb5\x2f\xfd":
+        if magic.startswith(b"\x28\xb5\x2f\xfd"):
             import zstandard
 
             decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
@@ -405,7 +411,7 @@ def open_tarball(path: Path, limits: Limits | None = None) -> Iterator[Tarball]:
             stream = cast(
                 BinaryIO, decompressor.stream_reader(cast(BinaryIO, followed), read_across_frames=True)
             )
-        elif magic[:2] == b"\x1f\x8b":
+        elif magic.startswith(b"\x1f\x8b"):
             stream = cast(BinaryIO, stack.enter_context(gzip.open(file)))
         if stream is not file:
             stream = cast(BinaryIO, stack.enter_context(_Ahead(stream)))
