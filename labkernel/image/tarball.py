@@ -401,7 +401,9 @@ def open_tarball(path: Path, limits: Limits | None = None) -> Iterator[Tarball]:
         file.seek(0)
         for begin, program in OTHERS.items():
             if magic.startswith(begin):
-                raise BadTarball(f"{path.name} is compressed by {program}: decompress it first ({program} -dk FILE)")
+                raise BadTarball(
+                    f"{path.name} is compressed by {program}: decompress it first ({program} -dk FILE)"
+                )
         stream: BinaryIO = file
         if magic.startswith(b"\x28\xb5\x2f\xfd"):
             import zstandard
