@@ -159,9 +159,8 @@ def test_a_bad_value_is_named_with_what_is_allowed(
     options: list[str], said: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "isatty", lambda fd: False)
-    monkeypatch.setattr(
-        cli, "_start_launcher", lambda: None
-    )  # only --user is found wrong by a container's child
+    # Only --user is found wrong by a container's child.
+    monkeypatch.setattr(cli.containers, "_start_launcher", lambda: None)
     with pytest.raises(SystemExit) as ended:
         cli.main(["run", "--rm", *options, "true"])
     out, err = capsys.readouterr()
