@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import resource
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -186,6 +185,7 @@ def make(
     or a file. Returns what is in config.json. Raises FileExistsError, BadOption, and what `image.unpack` raises.
     """
     from labkernel import children
+    from labkernel.cleanup import remove_tree
 
     directory = directory.absolute()
     directory.mkdir(parents=True, exist_ok=True)
@@ -204,7 +204,8 @@ def make(
         children.in_child(_unpack, tarball, rootfs, base["outside"], base["count"])
         uid, gid, groups = children.in_child(_ids_of, spec.process.user, rootfs)
     except BaseException:
-        children.in_child(shutil.rmtree, rootfs, ignore_errors=True)
+        for path in directory.iterdir():  # a child that was killed has left what it was unpacking to
+            children.in_child(remove_tree, str(path))
         raise
     content["process"]["user"] = {"uid": uid, "gid": gid, "additionalGids": groups}
     (directory / "config.json").write_text(json.dumps(content, indent=2) + "\n")
@@ -213,8 +214,12 @@ def make(
 
 def _unpack(tarball: Path, place: Path, owner_base: int, owner_count: int) -> None:
     from labkernel.image.unpack import unpack
+    from labkernel.images import ANY_SIZE
 
-    unpack(tarball, place, same_owner=owner_count > 1, owner_base=owner_base, allow_setuid=True)
+    unpack(
+        tarball, place, same_owner=owner_count > 1, owner_base=owner_base, owner_count=owner_count, allow_setuid=True,
+        limits=ANY_SIZE,
+    )  # fmt: skip
 
 
 def _ids_of(user: str, rootfs: Path) -> tuple[int, int, list[int]]:

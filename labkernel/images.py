@@ -10,6 +10,7 @@ from pathlib import Path
 
 from labkernel import children, state
 from labkernel.image import Progress, store
+from labkernel.image.tarball import LIMITS, Limits
 
 
 class NoSuchImage(LookupError):
@@ -24,6 +25,9 @@ class ProofFailed(RuntimeError):
 
 
 STANDARD = "python"
+
+ANY_SIZE = Limits(bytes=1 << 62, entries=1 << 62, ratio=1 << 40)
+"""For what is in the store: it was packed here, or looked at when it was imported."""
 
 MOUNT_POINTS = ("proc", "sys", "dev")
 """Where `walls.build` mounts something, in every container."""
@@ -55,7 +59,9 @@ def stored(image: str = STANDARD, *, progress: Progress | None = None) -> store.
     return store.build_rootfs(image, progress=progress) if image == STANDARD else _stored(image)
 
 
-def unpacked(image: str, tarball: Path, digest: str, *, progress: Progress | None = None) -> Path:
+def unpacked(
+    image: str, tarball: Path, digest: str, *, limits: Limits = ANY_SIZE, progress: Progress | None = None
+) -> Path:  # fmt: skip
     """Where `tarball`, which has this digest, is unpacked for the ids that containers get; unpacked now if need be.
 
     Raises what `image.unpack` raises for an archive that it refuses: nothing is left of it then.
@@ -74,17 +80,17 @@ def unpacked(image: str, tarball: Path, digest: str, *, progress: Progress | Non
             _remove_earlier(place.parent.glob(f"{image}-{'[0-9a-f]' * 16}-{owner}-{count}"))
             if progress:
                 progress(f"unpack {image}", 0, 1)
-            unpack_for_containers(tarball, place)
+            unpack_for_containers(tarball, place, limits)
     return place
 
 
-def unpack_for_containers(tarball: Path, place: Path) -> None:
+def unpack_for_containers(tarball: Path, place: Path, limits: Limits = LIMITS) -> None:
     """Unpack a tarball as the new directory `place`, for the ids that containers get.
 
     Raises what `image.unpack` raises for an archive that it refuses: nothing is left of it then.
     """
     base = children.launcher().facts["container_map"]
-    children.in_child(_unpack, tarball, place, base["outside"], base["count"])
+    children.in_child(_unpack, tarball, place, base["outside"], base["count"], limits)
 
 
 def prove(name: str, *, progress: Progress | None = None) -> None:
@@ -151,12 +157,15 @@ def _remove_earlier(places: Iterable[Path]) -> None:
 _known: dict[tuple[str, Path], Path] = {}
 
 
-def _unpack(tarball: Path, place: Path, owner_base: int, owner_count: int) -> None:
+def _unpack(tarball: Path, place: Path, owner_base: int, owner_count: int, limits: Limits) -> None:
     from labkernel.cleanup import remove_tree
     from labkernel.image.unpack import UnsafeArchive, unpack
 
     # What is in the store was packed here, or imported and examined: its set-user-ID programs are meant.
-    unpack(tarball, place, same_owner=owner_count > 1, owner_base=owner_base, allow_setuid=True)
+    unpack(
+        tarball, place, same_owner=owner_count > 1, owner_base=owner_base, owner_count=owner_count, allow_setuid=True,
+        limits=limits,
+    )  # fmt: skip
     try:
         for name in MOUNT_POINTS:
             if not os.path.lexists(place / name):  # an image of a single program has none of them

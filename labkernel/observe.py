@@ -264,6 +264,8 @@ class _Watch:
         try:
             while b"\0" not in found and len(found) < PATH_MAX:
                 data = os.pread(memory, PAGE - address % PAGE, address)
+                if not data:  # its memory has gone: it was killed meanwhile
+                    return ""
                 found += data
                 address += len(data)
         except (OSError, OverflowError):

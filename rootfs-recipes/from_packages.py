@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shlex
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -56,12 +57,13 @@ def install(
     paths = [f"path-exclude={pattern}" for pattern in excludes] + [f"path-include={one}" for one in includes]
     # What was downloaded once is not downloaded again; what apt would not download any more is not kept.
     archives = '"$1"/var/cache/apt/archives'
-    bring = f"mkdir -p {archives}; cp {cache}/*.deb {archives}/ || true"
+    kept = shlex.quote(str(cache))  # LABKERNEL_HOME may have a blank in it
+    bring = f"mkdir -p {archives}; cp {kept}/*.deb {archives}/ || true"
     more = (
         'APT_CONFIG="$MMDEBSTRAP_APT_CONFIG" apt-get -qq --yes -o APT::Install-Recommends=true '
         f'-o DPkg::Chroot-Directory="$1" install {" ".join(with_recommended)}'
     )
-    keep = f'APT_CONFIG="$MMDEBSTRAP_APT_CONFIG" apt-get -qq autoclean; rm -f {cache}/*; cp {archives}/*.deb {cache}/'
+    keep = f'APT_CONFIG="$MMDEBSTRAP_APT_CONFIG" apt-get -qq autoclean; rm -f {kept}/*; cp {archives}/*.deb {kept}/'
     with meanwhile(lambda: _tell_installed(root, tell), 0.5):
         recipe.run(
             "mmdebstrap", "--mode=root", "--format=directory", f"--variant={variant}",
@@ -106,11 +108,16 @@ def host_sources(codename: str, work: Path) -> list[Path]:
     lines, paragraphs = [], []
     for file in (APT / "sources.list", *sorted((APT / "sources.list.d").glob("*"))):
         if file.suffix == ".list" and file.is_file():
-            lines += [line for line in file.read_text().splitlines() if _is_of(codename, line)]
+            found = file.read_text().splitlines()
+            lines += [line for line in found if _is_of(codename, line) and _is_the_distributions(line)]
         elif file.suffix == ".sources":
             found = re.split(r"\n\s*\n", file.read_text())
             paragraphs += [
-                one.strip() for one in found if re.search(rf"^Suites:.*\b{codename}\b", one, re.MULTILINE)
+                one.strip()
+                for one in found
+                if re.search(rf"^Suites:.*\b{codename}\b", one, re.MULTILINE)
+                and not re.search(r"^Enabled:\s*no\b", one, re.MULTILINE | re.IGNORECASE)
+                and _is_the_distributions(one)
             ]
     if not lines and not paragraphs:
         raise BuildError(f"none of apt's sources in {APT} has the suite {codename}")
@@ -120,6 +127,12 @@ def host_sources(codename: str, work: Path) -> list[Path]:
             (work / name).write_text(content + "\n")
             written.append(work / name)
     return written
+
+
+def _is_the_distributions(source: str) -> bool:
+    """Whether a source is signed by no other's key: third parties name their suites after the distribution, too."""
+    signed_by = re.search(r"signed-by\s*[=:]\s*([^\]\n]*)", source, re.IGNORECASE)
+    return not signed_by or bool(re.search(r"/(debian|ubuntu)-archive-", signed_by[1]))
 
 
 def _is_of(codename: str, line: str) -> bool:

@@ -74,8 +74,8 @@ def _built(name: str, again: bool) -> dict[str, Any]:
 
     with progress_bar() as progress:
         if name == images.STANDARD:
+            image = store.build_rootfs(again=again, progress=progress)
             place = images.rootfs(progress=progress)
-            image = store.build_rootfs()
         else:
             try:
                 image = recipes.build(name, again=again, progress=progress)
@@ -186,10 +186,8 @@ def images(as_json: bool) -> None:
 )
 @option("--list", "listed", is_flag=True, teaches="20-trimming", help="List every path that goes.")
 @option("--env", "-e", metavar="KEY=VALUE", multiple=True, teaches="01-process", help="Set a variable.")
-@option("--user", "-u", metavar="USER[:GROUP]", default="0:0", teaches="11-user", help="Who the program is.")
-@option(
-    "--workdir", "-w", metavar="DIR", default="/", teaches="03-chroot", help="Directory in which it starts."
-)
+@option("--user", "-u", metavar="USER[:GROUP]", teaches="11-user", help="Who the program is.")
+@option("--workdir", "-w", metavar="DIR", teaches="03-chroot", help="Directory in which it starts.")
 @json_option("20-trimming")
 def trim(
     rootfs: str,
@@ -204,8 +202,8 @@ def trim(
     timeout: float,
     listed: bool,
     env: tuple[str, ...],
-    user: str,
-    workdir: str,
+    user: str | None,
+    workdir: str | None,
     as_json: bool,
 ) -> None:
     """Say what of ROOTFS COMMAND does not need, and make a copy without it. [20-trimming]

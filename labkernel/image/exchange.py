@@ -77,7 +77,7 @@ def export_image(
     with tempfile.TemporaryDirectory(prefix=f".{state.PREFIX}", dir=destination.parent) as directory:
         layout = Layout.create(Path(directory, "layout"))
         made = _add(layout, image, tag, command, compression, progress)
-        _pack_layout(layout, made, f"{image.name}:{tag}", destination)
+        _pack_layout(layout, made, (f"{image.name}:{tag}", tag), destination)
     return made
 
 
@@ -96,15 +96,25 @@ def _add(
     return layout.add_image([layer], settings, created=created(), history=history, tag=tag)
 
 
-def _pack_layout(layout: Layout, image: Image, name: str, destination: Path) -> None:
-    """An OCI layout as a tarball. Docker (before 25) and others find their way by manifest.json."""
+_PART = "[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
+_DOCKER_NAME = re.compile(
+    rf"(?:[a-zA-Z0-9.-]+(?::[0-9]+)?/)?{_PART}(?:/{_PART})*:[A-Za-z0-9_][A-Za-z0-9_.-]{{0,127}}"
+)
+"""With any other in RepoTags, `docker load` refuses the archive."""
+
+
+def _pack_layout(layout: Layout, image: Image, names: Sequence[str], destination: Path) -> None:
+    """An OCI layout as a tarball. Docker (before 25) and others find their way by manifest.json.
+
+    The first of the *names* that is one for Docker is the image's; without any it has none there but its id.
+    """
 
     def at(digest: str) -> str:
         return str(layout.place(digest).relative_to(layout.path))
 
     for_docker = {
         "Config": at(image.config.digest),
-        "RepoTags": [name],
+        "RepoTags": [one for one in names if _DOCKER_NAME.fullmatch(one)][:1],
         "Layers": [at(layer.blob.digest) for layer in image.layers],
     }
     (layout.path / "manifest.json").write_text(json.dumps([for_docker]))
@@ -201,7 +211,9 @@ def _keep(
     tarball = work / "tarball"
     merged = merge(layers, tarball, limits=limits, progress=progress)
     # Only what the strict unpacker takes is kept, and it is needed unpacked anyway.
-    images.unpacked(name, tarball, merged.digest, progress=progress)
+    # How much it may grow was asked of the layers as they came; zstd makes of them less than others did.
+    grown = replace(limits, ratio=1 << 40)
+    images.unpacked(name, tarball, merged.digest, limits=grown, progress=progress)
     place = state.home() / "images" / f"{name}.tar.zst"
     image = store.Image(name, place, merged.digest, merged.bytes, tarball.stat().st_size, merged.files)
     store.keep(image, tarball, {"imported": True, **facts})

@@ -58,6 +58,9 @@ DOCKER = {
 REF_NAME = "org.opencontainers.image.ref.name"
 """The annotation of a descriptor in index.json that is its tag."""
 
+IMAGE_NAME = "io.containerd.image.name"
+"""The annotation beside it in archives of Docker: the whole name."""
+
 MOST_JSON = 4 << 20
 """Bytes of a manifest or configuration: registries take no more than 4 MiB (distribution-spec)."""
 
@@ -274,27 +277,34 @@ class Layout:
         """Give an image a tag; another one loses it. Nothing but index.json is written."""
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/:@+-]{0,254}", name):
             raise ValueError(f"tag {name!r}: use letters, digits and . _ - / : @ + (at most 255)")
-        others = [one for one in self.index() if (one.annotations or {}).get(REF_NAME) != name]
+        self.index()  # checked
+        index = from_json(read_small(self.path / "index.json"), "index.json")
+        # What others have written of theirs stays word for word.
+        others = [one for one in index["manifests"] if (one.get("annotations") or {}).get(REF_NAME) != name]
         named = Descriptor(
             manifest.media_type, manifest.digest, manifest.size, {REF_NAME: name}, manifest.platform
         )
-        manifests = [one.as_json() for one in [*others, named]]
-        manifests.sort(key=lambda one: (one.get("annotations", {}).get(REF_NAME, ""), one["digest"]))
-        index = {"schemaVersion": 2, "mediaType": INDEX, "manifests": manifests}
+        manifests = [*others, named.as_json()]
+        manifests.sort(key=lambda one: ((one.get("annotations") or {}).get(REF_NAME, ""), one["digest"]))
+        index |= {"schemaVersion": 2, "mediaType": INDEX, "manifests": manifests}
         _write_whole(self.path / "index.json", to_json(index))
 
     def image(self, tag: str | None = None) -> Image:
         """The image with a tag, or the only one; of several platforms, this machine's. Raises BadImage, LookupError."""
         found = self.index()
         if tag is not None:
-            found = [one for one in found if tag in ((one.annotations or {}).get(REF_NAME), one.digest)]
+            found = [one for one in found if tag == one.digest or _is_called(one, tag)]
         if not found:
-            there = ", ".join(sorted(self.tags())) or "none"
+            there = ", ".join(sorted({*self.tags(), *_full_names(self.index())})) or "none"
             raise LookupError(f"no image{f' {tag!r}' if tag else ''} in this layout; tags: {there}")
         if len({one.digest for one in found}) > 1:
-            found = [one for one in found if _is_ours(one)] if tag is not None else found
-            if len({one.digest for one in found}) != 1:
-                raise LookupError(f"several images are there; choose a tag: {', '.join(sorted(self.tags()))}")
+            ours = [one for one in found if _is_ours(one)]
+            if len({one.digest for one in ours}) != 1:
+                names = _full_names(found) or {
+                    (one.annotations or {}).get(REF_NAME, one.digest) for one in found
+                }
+                raise LookupError(f"several images are there; choose a tag: {', '.join(sorted(names))}")
+            found = ours
         return self.read_image(found[0])
 
     def read_image(self, blob: Descriptor) -> Image:
@@ -515,6 +525,17 @@ def _list(value: Any, what: str) -> list[Any]:
 
 def _manifests(content: Mapping[str, Any], what: str) -> list[Descriptor]:
     return [Descriptor.read(one) for one in _list(content.get("manifests"), f"{what}: manifests")]
+
+
+def _full_names(blobs: Sequence[Descriptor]) -> set[str]:
+    """The names that Docker, since 25, gives what it saves: there the tag alone is the same for several."""
+    return {name for blob in blobs if (name := (blob.annotations or {}).get(IMAGE_NAME))}
+
+
+def _is_called(blob: Descriptor, tag: str) -> bool:
+    said = blob.annotations or {}
+    name = said.get(IMAGE_NAME, "")
+    return tag == said.get(REF_NAME) or tag == name or (":" in tag and name.endswith(f"/{tag}"))
 
 
 def _is_ours(blob: Descriptor) -> bool:

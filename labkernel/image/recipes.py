@@ -98,11 +98,12 @@ class Recipe:
     def image(self, name: str) -> Path:
         """A copy of the root file system of an image that this one starts from: ours, to change or to take apart."""
         from labkernel.image.unpack import unpack
+        from labkernel.images import ANY_SIZE
 
         place = self.work / f"from-{name}"
         if not place.is_dir():
             tarball = state.home() / "images" / f"{name}.tar.zst"
-            unpack(tarball, place, same_owner=os.getuid() == 0, allow_setuid=True)
+            unpack(tarball, place, same_owner=os.getuid() == 0, allow_setuid=True, limits=ANY_SIZE)
         return place
 
     def run(self, *command: str | Path, **settings: Any) -> None:
@@ -161,6 +162,12 @@ def load(folder: Path) -> Recipe:
         raise BadRecipe(f"{file}: {lacking[0]} is missing")
     if given["name"] != folder.name:
         raise BadRecipe(f"{file}: name = {given['name']!r}: it has to be the folder's, {folder.name}")
+    from labkernel.image.exchange import check_name
+
+    try:
+        check_name(given["name"])  # it becomes that of an image and of files; "python" is the lab's own
+    except ValueError as error:
+        raise BadRecipe(f"{file}: {error}") from None
     if given.get("user", "any") not in ("any", "root"):
         raise BadRecipe(f'{file}: user = {given["user"]!r}: give "any" or "root"')
     if given.get("same_bits") in (False, ""):

@@ -167,7 +167,7 @@ class _Client:
         if digest is not None and found != digest:
             raise BadImage(f"manifest {digest}: the registry sent something else, with the digest {found}")
         kind = from_json(data, f"manifest {name}").get("mediaType", said)
-        blob = layout.add(data, DOCKER.get(kind, kind))
+        blob = layout.add(data, DOCKER.get(kind, kind) if isinstance(kind, str) else "")
         if blob.media_type not in (INDEX, MANIFEST):
             raise BadImage(f"manifest {name} is a {kind!r:.80}, which this does not read")
         return blob
@@ -192,6 +192,8 @@ class _Client:
                         if progress:
                             progress("pull", before + sink.size, total)
                 except (requests.ConnectionError, requests.Timeout) as error:
+                    if sink.size >= blob.size:
+                        break  # all has come, but for the end of the message
                     if attempt + 1 == TRIES:
                         raise RegistryError(
                             f"blob {blob.digest}: the connection to {self.host} broke {TRIES} times: {_reason(error)}"
@@ -221,7 +223,9 @@ class _Client:
         for attempt in range(TRIES):
             try:
                 response = self._follow(url, headers)
-                if response.status_code == 401 and self._authorize(response):
+                # Where the registry has sent us to has no say in where the password goes.
+                asks = response.status_code == 401 and urlsplit(response.url).netloc == self.host
+                if asks and self._authorize(response):
                     response.close()
                     response = self._follow(url, headers)
             except (requests.ConnectionError, requests.Timeout) as error:
@@ -294,10 +298,13 @@ class _Client:
 def _small(response: Any, what: str) -> bytes:
     """The content of an answer that is JSON. Raises BadImage if there is more of it than one would read."""
     data = b""
-    for chunk in response.iter_content(_CHUNK):
-        data += chunk
-        if len(data) > MOST_JSON:
-            raise BadImage(f"{what}: more than {MOST_JSON} bytes")
+    try:
+        for chunk in response.iter_content(_CHUNK):
+            data += chunk
+            if len(data) > MOST_JSON:
+                raise BadImage(f"{what}: more than {MOST_JSON} bytes")
+    except requests.RequestException as error:
+        raise RegistryError(f"{what} from {urlsplit(response.url).netloc}: {_reason(error)}") from None
     return data
 
 

@@ -127,23 +127,26 @@ def _write(record: Path, facts: Mapping[str, Any]) -> None:
     temporary.replace(record)
 
 
-def build_rootfs(name: str = "python", *, progress: Progress | None = None) -> Image:
+def build_rootfs(name: str = "python", *, again: bool = False, progress: Progress | None = None) -> Image:
     """The lab's standard root file system: the Python that is running, a shell and a few tools; built if
-    need be.
+    need be (or in any case: *again*).
 
     Takes a few seconds the first time, a few milliseconds as long as nothing it was made from has changed.
     Needs no rights and no network. Raises closure.ClosureError if a library is missing on this machine.
     """
-    return build(name, [str(pythons.running()), *filter(None, map(shutil.which, TOOLS))], progress=progress)
+    programs = [str(pythons.running()), *filter(None, map(shutil.which, TOOLS))]
+    return build(name, programs, again=again, progress=progress)
 
 
-def build(name: str, programs: Sequence[str], *, progress: Progress | None = None) -> Image:
+def build(
+    name: str, programs: Sequence[str], *, again: bool = False, progress: Progress | None = None
+) -> Image:  # fmt: skip
     """The image *name*, which is the closure of *programs* (paths): from the store, or built if need be."""
     tarball, record = _places(name)
     tarball.parent.mkdir(parents=True, exist_ok=True)
     wanted = list(programs)
     with state.locked(tarball.parent):  # two notebooks may want it at the same moment
-        image = _unchanged(name, wanted)
+        image = None if again else _unchanged(name, wanted)
         if image is None:
             content = closure(wanted, progress=progress)
             digest = pack(content, tarball, progress=progress)

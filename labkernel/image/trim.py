@@ -378,14 +378,15 @@ SUFFIXES = (".tar.zst", ".tar.gz", ".tgz", ".tar")
 def trimmed_name(name: str) -> Path:
     """What the trimmed copy of something is called: "x-trimmed", "x-trimmed.tar.zst"."""
     path = name.rstrip("/")
+    if posixpath.basename(path) in ("", ".", ".."):  # else the copy would lie in the original
+        path = os.path.abspath(name)
     suffix = next((suffix for suffix in SUFFIXES if path.endswith(suffix)), "")
     return Path(f"{path.removesuffix(suffix)}-trimmed{suffix}")
 
 
 def report_of(result: Path) -> Path:
     """The report that lies beside a trimmed copy."""
-    suffix = next((suffix for suffix in SUFFIXES if result.name.endswith(suffix)), "")
-    return result.with_name(result.name.removesuffix(suffix) + ".json")
+    return result.with_name(f"{result.name}.json")  # x and x.tar.gz have one each
 
 
 @dataclass(frozen=True)
@@ -422,6 +423,7 @@ def studied(
             tree = images.rootfs(source.name, progress=progress)
         else:
             images.unpack_for_containers(source.tarball, tree)
+        options = _as_it_is_run(source, options)
         observations = []
         for number, command in enumerate(commands):
             if progress:
@@ -436,6 +438,19 @@ def studied(
         yield Study(source, tree, work, words, tuple(observations), found, options, enough)
 
 
+def _as_it_is_run(source: Source, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, and what nobody says as an imported image wants it: `labkernel run` does so, too."""
+    record = store.read_record(source.name) if source.kind == "image" else None
+    wanted = (record or {}).get("settings") or {}
+    inside = dict(item.partition("=")[::2] for item in wanted.get("Env", ()))
+    return {
+        **options,
+        "env": inside | dict(options.get("env") or {}),
+        "user": options.get("user") or wanted.get("User") or "0:0",
+        "workdir": options.get("workdir") or wanted.get("WorkingDir") or "/",
+    }
+
+
 @contextlib.contextmanager
 def _working_directory() -> Iterator[Path]:
     with exchange.working_directory() as work:
@@ -447,10 +462,15 @@ def _working_directory() -> Iterator[Path]:
                     children.in_child(remove_tree, str(path))
 
 
+def _is_path(rootfs: str) -> bool:
+    """Whether that is meant which is there of this name, and not the image."""
+    return "/" in rootfs or (Path(rootfs).exists() and store.whole(rootfs) is None)
+
+
 def open_source(rootfs: str, work: Path, *, progress: Progress | None = None) -> Source:
     """Find what is to be trimmed. Raises NoSuchImage, FileNotFoundError, ValueError."""
     path = Path(rootfs)
-    if path.is_dir() and ("/" in rootfs or store.whole(rootfs) is None):
+    if path.is_dir() and _is_path(rootfs):
         if os.path.realpath(path) == "/":
             raise ValueError("this is the root of the machine itself: copy what you need of it first")
         tarball = work / "directory.tar"
@@ -458,7 +478,7 @@ def open_source(rootfs: str, work: Path, *, progress: Progress | None = None) ->
             progress(f"read {path.name}", 0, 1)
         children.in_child(pack, path.absolute(), tarball, compression="none", same_owner=True)
         return Source("directory", str(path), tarball)
-    if path.is_file():
+    if path.is_file() and _is_path(rootfs):
         try:
             with open_tarball(path) as archive:
                 next(iter(archive), None)
@@ -516,7 +536,7 @@ def apply(
     tarball = study.work / "trimmed.tar.zst"
     made = write(study.source.tarball, study.plan, study.observations, tarball, progress=progress)
     tree = study.work / "trimmed"
-    images.unpack_for_containers(tarball, tree)
+    images.unpack_for_containers(tarball, tree, images.ANY_SIZE)  # of what was within the limits
     commands = proofs or study.commands
     for number, command in enumerate(commands):
         if progress:
@@ -540,14 +560,16 @@ def _check_place(kind: str, result: Path) -> None:
         known = store.read_record(str(result))
         there = known is not None and "trimmed" not in known
     else:
-        there = os.path.lexists(result) and not _is_report(report_of(result))
+        report = report_of(result)
+        there = any(map(os.path.lexists, (result, report))) and not _is_report(report)
     if there:
         raise FileExistsError(f"{result} is there already, and is no trimmed copy: move it away first")
 
 
 def _is_report(path: Path) -> bool:
     with contextlib.suppress(OSError, ValueError):
-        return "trimmed" in json.loads(path.read_text())
+        found = json.loads(path.read_text())
+        return isinstance(found, dict) and "trimmed" in found
     return False
 
 
@@ -576,7 +598,7 @@ def _put(
 
 
 def _unpack_as_it_was(tarball: Path, place: Path) -> None:
-    unpack(tarball, place, same_owner=os.getuid() == 0, allow_setuid=True)
+    unpack(tarball, place, same_owner=os.getuid() == 0, allow_setuid=True, limits=images.ANY_SIZE)
 
 
 def _recompress(tarball: Path, result: Path) -> None:
@@ -599,7 +621,7 @@ def undo(name: str, *, missing_ok: bool = False) -> bool:
     Raises FileNotFoundError where there is none that was made here.
     """
     result = trimmed_name(name)
-    if Path(name).exists() or "/" in name:
+    if _is_path(name):
         report = report_of(result)
         if not _is_report(report):
             if missing_ok and not os.path.lexists(result):

@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from labkernel.image import Progress
 from labkernel.image.tarball import LIMITS, BadTarball, Limits, Member, Tarball, open_tarball
@@ -101,6 +102,7 @@ def unpack(
     *,
     same_owner: bool = False,
     owner_base: int = 0,
+    owner_count: int | None = None,
     allow_devices: bool = False,
     allow_setuid: bool = False,
     limits: Limits = LIMITS,
@@ -111,7 +113,9 @@ def unpack(
     *same_owner*: entries get the uid and gid written in the archive, which takes root, or root of a user
     namespace; an id that the namespace does not map (chown(2) gives EINVAL) falls to the caller, and is
     counted in ``reowned``. *owner_base* is added to both: so root outside gives files to the range of ids
-    that a user namespace maps to 0 and up. Without *same_owner* everything belongs to the caller.
+    that a user namespace maps to 0 and up; *owner_count* is how many these are, and what has a higher id falls to
+    nobody (65534), is counted too, and loses its set-user-ID bits. Without *same_owner* everything belongs to the
+    caller.
     *allow_devices*: device nodes and fifos are made. *allow_setuid*: the set-user-ID and set-group-ID
     bits are kept.
 
@@ -127,7 +131,9 @@ def unpack(
     try:
         root = os.open(temporary, _DIRECTORY)
         try:
-            unpacker = _Unpacker(root, same_owner, owner_base, allow_devices, allow_setuid, limits)
+            unpacker = _Unpacker(
+                root, same_owner, owner_base, owner_count, allow_devices, allow_setuid, limits
+            )
             unpacker.all(tarball, progress)
         finally:
             os.close(root)
@@ -153,6 +159,7 @@ class _Unpacker:
     root: int  # descriptor of the directory that is filled
     same_owner: bool
     owner_base: int
+    owner_count: int | None
     allow_devices: bool
     allow_setuid: bool
     limits: Limits
@@ -372,12 +379,12 @@ class _Unpacker:
                 "only root outside of user namespaces makes devices",
             ) from error
         self._own(member, lambda uid, gid: os.chown(name, uid, gid, dir_fd=parent, follow_symlinks=False))
-        os.chmod(name, member.mode, dir_fd=parent)  # it is new and ours: no link
+        os.chmod(name, self._mode(member), dir_fd=parent)  # it is new and ours: no link
 
     def _dress(self, descriptor: int, member: Member) -> None:
         """Owner, mode and time, in this order: chown(2) clears set-user-ID bits."""
         self._own(member, lambda uid, gid: os.fchown(descriptor, uid, gid))
-        os.fchmod(descriptor, member.mode)
+        os.fchmod(descriptor, self._mode(member))
         os.utime(descriptor, ns=_times(member))
 
     def _dress_implied(self, descriptor: int) -> None:
@@ -385,11 +392,22 @@ class _Unpacker:
         self._own(_IMPLIED, lambda uid, gid: os.fchown(descriptor, uid, gid))
         os.fchmod(descriptor, 0o755)
 
+    def _beyond(self, member: Member) -> bool:
+        """Whether its owner is none of those that the ids are for: it would be somebody else on this machine."""
+        return self.same_owner and max(member.uid, member.gid) >= (self.owner_count or 1 << 32)
+
+    def _mode(self, member: Member) -> int:
+        return member.mode & ~(stat.S_ISUID | stat.S_ISGID) if self._beyond(member) else member.mode
+
     def _own(self, member: Member, chown: Callable[[int, int], None]) -> None:
         if not self.same_owner:
             return
+        uid, gid = member.uid, member.gid
+        if self._beyond(member):
+            uid = gid = min(65534, cast(int, self.owner_count) - 1)
+            self.result.reowned += 1
         try:
-            chown(self.owner_base + member.uid, self.owner_base + member.gid)
+            chown(self.owner_base + uid, self.owner_base + gid)
         except OSError as error:
             if error.errno == errno.EINVAL:  # not mapped in this user namespace, user_namespaces(7)
                 self.result.reowned += 1
