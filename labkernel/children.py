@@ -56,6 +56,8 @@ class Launcher:
 
     def __init__(self, join: int | None = None) -> None:
         self.join = join
+        self.detached = False
+        """Whether it has been given a container that is to go on without us."""
         scope = _delegated_scope()
         state.check_home()
         try:
@@ -320,10 +322,13 @@ def launcher() -> Launcher:
 
 
 def close_launcher() -> None:
-    """End this process's launcher, with everything that it runs."""
+    """End this process's launcher, with everything that it runs, unless some of that was started to be left alone."""
     global _launcher
     if _launcher is not None and _launcher_owner == os.getpid():
-        _launcher.close()
+        if _launcher.detached:
+            _launcher.detach()
+        else:
+            _launcher.close()
     _launcher = None
 
 

@@ -28,17 +28,41 @@ def clean(parent: cgroups.CgroupParent | None) -> list[str]:
         key = _launcher_key(path)
         if key and key.alive():
             continue
-        if key and key.boot == state.boot_id() and (killed := end_session(key.pid)):
-            removed.append(f"{killed} processes of launcher {key.pid}")
-        if key:
-            remove_spare(state.spare(key.pid), parent)
-            remove_tree(str(state.ended(key.pid)))
-        path.unlink(missing_ok=True)
-        removed.append(f"the record of launcher {path.stem}")
+        with contextlib.suppress(OSError):  # what cannot be removed must not keep a launcher from starting
+            if key and _session_may_be_left(key) and (killed := end_session(key.pid)):
+                removed.append(f"{killed} processes of launcher {key.pid}")
+            if key:
+                remove_spare(state.spare(key.pid), parent)
+                remove_tree(str(state.ended(key.pid)))
+            path.unlink(missing_ok=True)
+            removed.append(f"the record of launcher {path.stem}")
     for record in state.records():
-        if record["state"] == "dead":
-            removed += remove_leftovers(record, parent)
-    return removed + remove_groups_of_ended_children(parent) + _remove_unfinished()
+        if record["state"] == "dead" and not _will_be_tidied_up(record):
+            with contextlib.suppress(OSError):
+                removed += remove_leftovers(record, parent)
+    with contextlib.suppress(OSError):
+        removed += remove_groups_of_ended_children(parent)
+    with contextlib.suppress(OSError):
+        removed += _remove_unfinished()
+    return removed
+
+
+def _will_be_tidied_up(record: Mapping[str, Any]) -> bool:
+    """Whether its launcher lives: it does it itself, and has only not come to it yet."""
+    try:
+        return state.ProcessKey(**record["launcher"]).alive()
+    except (KeyError, TypeError):
+        return False
+
+
+def _session_may_be_left(launcher: state.ProcessKey) -> bool:
+    """Whether a dead launcher's pid can still name its session: the kernel gives it to nobody while somebody is in
+    that session, so where another process has it by now, its session is another one too."""
+    if launcher.boot != state.boot_id():
+        return False
+    with contextlib.suppress(ProcessLookupError):
+        return state.start_time(launcher.pid) == launcher.started
+    return True
 
 
 CHILD_GROUPS = state.PREFIX + "child-"
@@ -96,11 +120,17 @@ def remove_leftovers(record: Mapping[str, Any], parent: cgroups.CgroupParent | N
 
 
 def end_session(session: int) -> int:
-    """Kill every process of a launcher's session but the launcher; how many there were."""
+    """Kill every process of a launcher's session but the launcher, and our own orphans where it is ours.
+
+    Returns how many there were.
+    """
     killed = 0
     for _ in range(100):
         members = [
-            pid for pid in _pids() if pid not in (session, os.getpid()) and _session_of(pid) == session
+            pid
+            for pid in _pids()
+            if pid not in (session, os.getpid())
+            and (_session_of(pid) == session or session == os.getpid() == _parent_of(pid))
         ]
         if not members:
             break
@@ -197,9 +227,18 @@ def _pids() -> list[int]:
 
 def _session_of(pid: int) -> int:
     """A process's session; 0 when it has ended."""
+    return _number_in_stat(pid, 3)
+
+
+def _parent_of(pid: int) -> int:
+    """A process's parent; 0 when it has ended."""
+    return _number_in_stat(pid, 1)
+
+
+def _number_in_stat(pid: int, place: int) -> int:
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             fields = file.read().rpartition(b")")[2].split()
     except OSError:
         return 0
-    return 0 if fields[0] in (b"Z", b"X") else int(fields[3])
+    return 0 if fields[0] in (b"Z", b"X") else int(fields[place])

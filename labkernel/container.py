@@ -14,6 +14,7 @@ import selectors
 import signal
 import subprocess
 import time
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -108,7 +109,7 @@ class Container:
             "cpu_weight": cpu_weight, "cpuset_cpus": cpuset_cpus, "pids_limit": pids_limit,
             "device_read_bps": device_read_bps, "device_write_bps": device_write_bps,
         }  # fmt: skip
-        asked = {key: value for key, value in given.items() if value is not None}
+        asked: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
         limits = spec.make_limits(**(_defaults(asked) | asked))
         identity = secrets.token_hex(6)
         self.name = _checked_name(name) if name else identity
@@ -123,6 +124,13 @@ class Container:
             )
         if network not in spec.NETWORKS:
             raise BadOption(f"--network {network!r}: choose one of {', '.join(spec.NETWORKS)}")
+        publish = tuple(publish)
+        if network == "bridge" and "net" not in kinds:  # the cable would end in the host's network
+            raise BadOption("--network 'bridge': it takes a network namespace, so 'net' among the namespaces")
+        if publish and (network == "host" or "net" not in kinds):
+            raise BadOption(
+                f"--publish {publish[0]!r}: in the host's network every port is the host's already"
+            )
         process = Process(
             command=command,
             environment={"PATH": spec.PATH, "HOME": "/root", "HOSTNAME": hostname or identity, **environment},
@@ -141,11 +149,11 @@ class Container:
             process=process,
             hostname=_checked_hostname(hostname or identity),
             limits=limits,
-            limits_required=bool(asked),
+            limits_required=frozenset(spec.make_limits(**asked).given()),
             read_only=read_only,
             volumes=tuple(Volume.parse(text) for text in volumes),
             network=network,
-            publish=tuple(publish),
+            publish=publish,
             namespaces=kinds - {"net"} if network == "host" else kinds,
             masked_paths=masked_paths,
             remove=remove,
@@ -183,11 +191,12 @@ class Container:
                 "logged": [number for number, fd in ((1, stdout), (2, stderr)) if fd is None],
             }  # fmt: skip
             self._channel = launcher.ask(request, fds)
+        launcher.detached = launcher.detached or self.spec.detach
         try:
             self._until_ready()
         except BaseException:
             self._channel.close()
-            self._ended = self._ended or {"status": 125, "stats": None}
+            self._end(self._ended or {"status": 125, "stats": None})
             raise
         return self
 
@@ -223,12 +232,20 @@ class Container:
             if self._channel is None:
                 raise RuntimeError("this container has not been started")
             try:
-                self._ended = self._channel.answer(timeout)
+                message, _ = self._channel.answer_and_fds(timeout)
+                if isinstance(message, bytes):  # its last step has failed: the filter of system calls
+                    self._failure = message
+                    message = self._channel.answer(children.STARTED_WITHIN)
+                self._end(message)
             except children.LauncherDied:  # and the container with it
                 self._channel.close()
-                self._ended = {"status": 128 + signal.SIGKILL, "stats": None}
+                self._end({"status": 128 + signal.SIGKILL, "stats": None})
                 raise
             self._channel.close()
+        if self._failure:
+            _, number, text = self._failure.decode().split(" ", 2)
+            raise ContainerError(int(number), f"the container could not be made: {text}")
+        assert self._ended
         return int(self._ended["status"])
 
     def stop(self, timeout: float = 10.0) -> int:
@@ -246,20 +263,19 @@ class Container:
         leaves the disk when the launcher has nothing else to do, or makes the next container.
         """
         if self.pid and self._ended is None and self._channel:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
+            self.signal(signal.SIGKILL)
             if self._cgroup:
                 with contextlib.suppress(OSError):
                     self._cgroup.thaw()  # frozen processes of cgroup v1 do not even die
-            with contextlib.suppress(children.LauncherDied):
+            with contextlib.suppress(children.LauncherDied, ContainerError):
                 return self.wait(children.STARTED_WITHIN)
         return int(self._ended["status"]) if self._ended else 128 + signal.SIGKILL
 
     def signal(self, number: int) -> None:
         """Send a signal to the program, by way of the container's init."""
-        if self._ended is None and self.pid:
+        if self._ended is None and self._pidfd is not None:  # the pid may be somebody else's by now
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, number)
+                signal.pidfd_send_signal(self._pidfd, number)
 
     def running(self) -> bool:
         """Whether the container has been started and has not ended."""
@@ -269,7 +285,7 @@ class Container:
             self.wait(0)
         except (TimeoutError, BlockingIOError):
             return True
-        except children.LauncherDied:
+        except (children.LauncherDied, ContainerError):
             return False
         return False
 
@@ -335,6 +351,11 @@ class Container:
     # ------------------------------------------------------------------ inner parts
 
     _last_log = b""
+    _failure = b""
+    _pidfd: int | None = None
+    """Of its init: a pid alone may be somebody else's as soon as the launcher has reaped it."""
+
+    _close_pidfd: weakref.finalize[..., Any] | None = None
 
     def __enter__(self) -> Self:
         return self if self._channel else self.start()
@@ -347,6 +368,11 @@ class Container:
 
     def __repr__(self) -> str:
         return f"Container({self.image!r}, {list(self.spec.process.command)!r}, name={self.name!r})"
+
+    def _end(self, message: children.Message) -> None:
+        self._ended, self._pidfd = message, None
+        if self._close_pidfd:
+            self._close_pidfd()
 
     def _until_ready(self) -> None:
         """Read what the launcher and the container say, until we know its pid and its program is about to run."""
@@ -369,6 +395,9 @@ class Container:
                 failure = message
             elif "pid" in message:
                 self.pid, self._cgroup = message["pid"], cgroup_at(message["cgroup"])
+                with contextlib.suppress(ProcessLookupError):  # it has ended already
+                    self._pidfd = os.pidfd_open(self.pid)
+                    self._close_pidfd = weakref.finalize(self, os.close, self._pidfd)
             elif not failure:
                 self._ended = message
                 raise ContainerError(
@@ -522,6 +551,8 @@ def _program(profile: str, kept: frozenset[int]) -> bytes | None:
     try:
         return seccomp.compiled(profile, kept)
     except FileNotFoundError as error:
+        if profile == "default":  # libseccomp is missing: the option is not what is wrong
+            raise
         raise BadOption(
             f"--security-opt seccomp={profile}: {error.strerror}; give unconfined, or a profile's path"
         ) from None

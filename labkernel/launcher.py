@@ -262,9 +262,11 @@ class Launcher:
             running = Running(spec, record, group)
             if listeners:
                 running.relay = _start_relay(listeners, pid)
+                undo.callback(os.close, running.relay[1])
                 undo.callback(end_now, *running.relay)
             if spec.network == "bridge":
                 self._network().attach(pid, spec.id, spec.name)
+                undo.callback(self._detach, spec.id)
             with _explained_home():
                 order = _order(spec, self._id_maps(spec), request["logged"], channel, fds, closing)
             killers = [lambda: kill(vessel.pidfd), *([lambda: _thaw(group)] if group else [])]
@@ -282,6 +284,7 @@ class Launcher:
     def do_exec(self, request: Message, channel: socket.socket, fds: list[int]) -> None:
         """Run one more program in a container that runs."""
         record, process = request["record"], request["process"]
+        _hand_over_pipes(fds, users.container_map(self.id_maps) if "user" in record["namespaces"] else ())
         go_read, go_write = os.pipe()
 
         def child() -> NoReturn:
@@ -323,15 +326,17 @@ class Launcher:
     # ------------------------------------------------------------------ parts of a container's life
 
     def _limits(self, spec: Spec) -> cgroups.Limits:
-        """The limits that are set: none only where none was asked for and none can be had."""
-        missing = self.parent.missing(spec.limits) if self.parent else list(spec.limits.given())
-        if missing and spec.limits_required:
+        """The limits that are set: all but those defaults of ours that cannot be had."""
+        lacking = self.parent.lacking(spec.limits) if self.parent else list(spec.limits.given())
+        if refused := [name for name in lacking if name in spec.limits_required]:
+            missing = dict.fromkeys(cgroups.CONTROLLERS[name] for name in refused)
             raise cgroups.CgroupUnavailable(
                 errno.ENOTSUP,
-                f"limits are asked for ({', '.join(spec.limits.given())}) that cannot be set here: "
+                f"limits are asked for ({', '.join(refused)}) that cannot be set here: "
                 + (self.no_cgroup or f"the controllers {', '.join(missing)} are not handed to us"),
             )
-        return cgroups.Limits() if missing else spec.limits
+        none = cgroups.Limits()
+        return replace(spec.limits, **{name: getattr(none, name) for name in lacking})
 
     def _record(self, request: Message) -> Message:
         """What is written down of a container before it is made."""
@@ -405,8 +410,7 @@ class Launcher:
             end_now(*running.relay)
             os.close(running.relay[1])
         if spec.network == "bridge" and self.network_helper:
-            with contextlib.suppress(OSError):
-                self.network_helper.detach(spec.id)
+            self._detach(spec.id)
         message: Message = {"status": walls.exit_status(status), "stats": group.stats() if group else None}
         if group:
             if group.pids():  # all died with their pid 1; only what was sent in from outside may be left
@@ -440,6 +444,10 @@ class Launcher:
 
             self.network_helper = Helper()
         return self.network_helper
+
+    def _detach(self, identity: str) -> None:
+        with contextlib.suppress(OSError):
+            self.network_helper.detach(identity)
 
     def _kill_everything(self) -> None:
         """The end: kill all children, tidy up after each, and after orphans that they left to us."""
@@ -568,10 +576,22 @@ def _order(
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
         writable = opened(empty.copied_mount(str(spec.directory)))
         log = opened(os.open("log", flags, 0o600, dir_fd=writable))
+        if id_maps:  # so that /dev/stdout can be opened inside
+            os.fchown(log, id_maps[0].outside, id_maps[0].outside)
         fds = [log if number in logged else fd for number, fd in enumerate(fds)]
+    _hand_over_pipes(fds, id_maps)
     pickled = opened(os.memfd_create(state.PREFIX + "spec", os.MFD_CLOEXEC))
     os.write(pickled, pickle.dumps(spec))
     return Order(pickled, channel.fileno(), (fds[0], fds[1], fds[2]), volumes)
+
+
+def _hand_over_pipes(fds: list[int], id_maps: tuple[users.IdMap, ...]) -> None:
+    """Let /dev/stdout be opened inside where it is a pipe: that asks for the pipe's owner, and he is nobody there."""
+    if not id_maps or not id_maps[0].outside:
+        return
+    for fd in fds[:3]:
+        if os.readlink(f"/proc/self/fd/{fd}").startswith("pipe:"):
+            os.fchown(fd, id_maps[0].outside, id_maps[0].outside)
 
 
 def _volume_tree(volume: Volume, id_maps: tuple[users.IdMap, ...]) -> int:
@@ -633,7 +653,8 @@ def _explained_home() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        ours = error.strerror == os.strerror(error.errno or 0)  # else it says already which call has failed
+        if ours and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             where = f"{os.strerror(error.errno)}, while the container's files were made below {state.home()}"
             raise type(error)(error.errno, f"{where} (LABKERNEL_HOME names another place)") from None
         raise

@@ -115,8 +115,8 @@ class Spec:
     process: Process
     hostname: str
     limits: Limits = field(default_factory=Limits)
-    limits_required: bool = True
-    """False where the limits are only our defaults: without a cgroup they are then left out."""
+    limits_required: frozenset[str] = frozenset()
+    """The limits (fields of `Limits`) that were asked for; the others are our defaults, left out where they must be."""
     read_only: bool = False
     volumes: tuple[Volume, ...] = ()
     network: str = "none"
@@ -221,7 +221,8 @@ def make_limits(
         cpus=None if cpus is None else _cpus(cpus),
         cpu_weight=None if cpu_weight is None else _whole(cpu_weight, "--cpu-weight", 1, 10_000),
         cpuset_cpus=None if cpuset_cpus is None else _cpuset(cpuset_cpus),
-        pids=None if pids_limit is None else _whole(pids_limit, "--pids-limit", 1, pid_max()),
+        # One is the container's init.
+        pids=None if pids_limit is None else _whole(pids_limit, "--pids-limit", 2, pid_max()),
         read_bps=_rates(device_read_bps, "--device-read-bps"),
         write_bps=_rates(device_write_bps, "--device-write-bps"),
     )

@@ -133,10 +133,15 @@ def build(like: Spec, rootfs: int, writable: int) -> None:
     shared = set(FLAGS) - like.namespaces
     lower, layer = attach(rootfs, root), attach(writable, root)
     mounts.overlay(root, [lower], f"{layer}/upper", f"{layer}/work")
+    for name in ("proc", "dev", "sys"):
+        if os.path.islink(f"{root}/{name}"):  # what it leads to would be mounted on, and nothing be masked
+            raise OSError(
+                errno.ELOOP, f"/{name} is a symbolic link in the image, and something is mounted there"
+            )
     mounts.proc(f"{root}/proc")
     mounts.minimal_dev(f"{root}/dev", own_mqueue="ipc" not in shared)
     if "net" in shared:
-        mounts.bind("/sys", f"{root}/sys", recursive=True)
+        mounts.bind("/sys", f"{root}/sys", recursive=True, read_only=True)  # with the host's cgroups in it
     else:
         mounts.sysfs(f"{root}/sys")
     mounts.pivot_root_into(root)
@@ -175,6 +180,8 @@ def start_program(process: Process, stdio: tuple[int, int, int], channel: int) -
             resource.setrlimit(limit, (value, value))
         uid, gid, groups = look_up_user(process.user)
         check_ids(process.user, uid, gid)
+        if uid:
+            hand_over(stdio, uid, process.tty)
         change_directory(process.workdir)
         if process.seccomp is not None and not process.no_new_privs:
             seccomp.install(process.seccomp)  # takes CAP_SYS_ADMIN where no_new_privs is not set
@@ -197,6 +204,14 @@ def start_program(process: Process, stdio: tuple[int, int, int], channel: int) -
         execute(process)
     finally:  # an argument that execve cannot take
         os._exit(CANNOT_RUN)
+
+
+def hand_over(stdio: Iterable[int], uid: int, own_terminal: bool) -> None:
+    """Let the program's user open /dev/stdout too, where it is a pipe or the container's own terminal."""
+    for fd in stdio:
+        with contextlib.suppress(OSError):  # without CAP_CHOWN, or a pipe of somebody else's
+            if own_terminal or os.readlink(f"/proc/self/fd/{fd}").startswith("pipe:"):
+                os.fchown(fd, uid, -1)
 
 
 def be_observed(program: bytes, channel: int) -> None:

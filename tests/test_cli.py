@@ -134,7 +134,7 @@ BAD = [
     (["--cpus", "two"], ["--cpus 'two'", f"from 0.01 to {os.cpu_count()}"]),
     (["--cpu-weight", "0"], ["--cpu-weight '0'", "from 1 to 10000"]),
     (["--cpuset-cpus", "999"], ["--cpuset-cpus '999'", "cores from 0 to"]),
-    (["--pids-limit", "none"], ["--pids-limit 'none'", "from 1 to"]),
+    (["--pids-limit", "none"], ["--pids-limit 'none'", "from 2 to"]),
     (["--device-read-bps", "1M"], ["--device-read-bps '1M'", "DEVICE:RATE"]),
     (["--device-write-bps", "/dev/nothing:1M"], ["--device-write-bps '/dev/nothing'", "block device"]),
     (["--hostname", "a_b"], ["--hostname 'a_b'", "letters, digits"]),

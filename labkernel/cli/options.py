@@ -28,7 +28,8 @@ LIMITS = together(
 WALLS = together(
     option("--hostname", metavar="NAME", teaches="07-uts", help="Host name inside."),
     option("--network", metavar="none|bridge|host", default="none", teaches="10-network",
-           help="A network of its own, alone (the default) or with the other containers; or the host's."),
+           help="A network of its own, alone (the default) or with a bridge, which the containers of one notebook "
+           "share; or the host's."),
     option("--publish", "-p", metavar="[[IP:]PORT:]PORT", multiple=True, teaches="10-network",
            help="Make a port of the container one of this machine; without IP, of 127.0.0.1."),
     option("--volume", "-v", "volumes", metavar="SRC:DST[:ro]", multiple=True, teaches="04-mount-namespace",

@@ -265,14 +265,14 @@ def _empty_rootfs(place: Path) -> Path:
     return place
 
 
-def _start(rootfs: Path, **options: Any) -> None:
+def _start(rootfs: Path, *, seccomp: str = "unconfined", **options: Any) -> None:
     """Start a container for real. It ends at once: all walls are up before its program turns out to be missing."""
-    Container(rootfs, ["/nothing"], **options).run(timeout=PROBE_SECONDS)
+    Container(rootfs, ["/nothing"], seccomp=seccomp, **options).run(timeout=PROBE_SECONDS)
 
 
 def _container(name: str, rootfs: Path, userns: Finding) -> Finding:
     try:
-        _start(rootfs, seccomp="unconfined")
+        _start(rootfs)
     except OSError as error:
         remedy = (
             "see userns" if not userns.ok else "a kernel with overlayfs (modprobe overlay), 5.12 or newer"
@@ -285,7 +285,7 @@ def _seccomp(rootfs: Path, overlay: Finding) -> Finding:
     if not overlay.ok:
         return Finding("seccomp", False, "no container starts", "see overlay")
     try:
-        _start(rootfs)
+        _start(rootfs, seccomp="default")
     except OSError as error:
         return Finding(
             "seccomp",

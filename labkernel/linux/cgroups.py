@@ -182,10 +182,9 @@ class CgroupParent(ABC):
     def names(self, prefix: str) -> list[str]:
         """The groups here whose names begin so."""
 
-    def missing(self, limits: Limits) -> list[str]:
-        """The controllers that `limits` needs and that are not to be had here."""
-        wanted = dict.fromkeys(CONTROLLERS[name] for name in limits.given())
-        return [name for name in wanted if name not in self.controllers]
+    def lacking(self, limits: Limits) -> list[str]:
+        """Those of `limits` whose controllers are not to be had here."""
+        return [name for name in limits.given() if CONTROLLERS[name] not in self.controllers]
 
 
 @dataclass(frozen=True)
@@ -317,7 +316,7 @@ def read(path: str | Path) -> str:
         return ""
     finally:
         os.close(fd)
-    return text.decode()
+    return text.decode(errors="replace")  # a process may give itself any name
 
 
 def numbers(text: str) -> dict[str, int]:
