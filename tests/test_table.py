@@ -254,7 +254,7 @@ def test_a_container_with_a_limit_has_all_walls_up() -> None:
 
 
 def cgroups_missing(limits: cgroups.Limits) -> list[str]:
-    return in_child(lambda: cgroups.parent().missing(limits))
+    return in_child(lambda: cgroups.parent().lacking(limits))
 
 
 def promise() -> Sight:
