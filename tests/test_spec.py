@@ -189,7 +189,7 @@ def test_nonsense_is_refused_with_value_and_range_before_anything_is_made(
 @pytest.mark.parametrize(
     "options",
     [{"memory": "6M"}, {"memory": spec.machine_memory()}, {"cpus": 0.01}, {"cpus": CORES}, {"cpus": str(CORES)},
-     {"cpu_weight": 1}, {"cpu_weight": 10000}, {"pids_limit": 1}, {"cpuset_cpus": f"0-{CORES - 1}"}, {"cpuset_cpus": 0},
+     {"cpu_weight": 1}, {"cpu_weight": 10000}, {"pids_limit": 2}, {"cpuset_cpus": f"0-{CORES - 1}"}, {"cpuset_cpus": 0},
      {"memory": "64M", "memory_swap": "64M"}, {"memory": "64M", "memory_reservation": "64M"}],
 )  # fmt: skip
 def test_the_ends_of_the_ranges_are_allowed(options: dict[str, Any]) -> None:
