@@ -21,6 +21,7 @@ from labkernel.image.recipes import BuildError, Recipe
 
 OS_RELEASE = Path("/etc/os-release")
 APT = Path("/etc/apt")
+NO = "no|false|without|off|disable|0"  # as apt reads it
 MERGED_USR = Path("/usr/share/mmdebstrap/hooks/maybe-merged-usr")
 
 # Of this machine, of this run, or of no use without the packages' index: mmdebstrap copies or leaves them.
@@ -116,7 +117,7 @@ def host_sources(codename: str, work: Path) -> list[Path]:
                 one.strip()
                 for one in found
                 if re.search(rf"^Suites:.*\b{codename}\b", one, re.MULTILINE)
-                and not re.search(r"^Enabled:\s*no\b", one, re.MULTILINE | re.IGNORECASE)
+                and not re.search(rf"^Enabled:\s*({NO})\s*$", one, re.MULTILINE | re.IGNORECASE)
                 and _is_the_distributions(one)
             ]
     if not lines and not paragraphs:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,15 +19,17 @@ from typing import Any
 
 import pytest
 
-from labkernel import Container, bundle, children
-from labkernel.image import recipes, store
+from labkernel import Container, bundle, children, images
+from labkernel.image import exchange, recipes, store
 from labkernel.image.unpack import UnsafeArchive
 from labkernel.linux import capabilities, cgroups, mounts, seccomp
 from labkernel.linux.users import IdMap
 from labkernel.spec import BadOption, Spec
-from tests.helpers import own_home
+from tests.helpers import descendants, own_home
+from tests.ordinary_user import needs_root
 from tests.others import cli, run, runtime
 from tests.test_oci import tar
+from tests.test_unpack import END, header
 
 LOOK = r"""
 hostname; id -u; id -g; pwd; echo $COLOUR
@@ -302,6 +308,43 @@ def test_the_files_belong_to_the_containers_root(busybox: store.Image, tmp_path:
     with pytest.raises(FileExistsError, match="not empty"):
         bundle.make(tmp_path / "b", Container("busybox", ["true"]).spec, busybox.tarball)
     children.in_child(shutil.rmtree, tmp_path / "b")
+
+
+@needs_root
+def test_no_file_belongs_to_somebody_outside_the_containers_ids(tmp_path: Path) -> None:
+    """Neither where containers have it, nor in a bundle."""
+    (tmp_path / "far.tar").write_bytes(header("su", mode=0o4755, uid=70_000) + END)
+    image = exchange.import_image(tmp_path / "far.tar", "far")
+    content = bundle.make(tmp_path / "b", Container("far", ["/su"]).spec, image.tarball)
+    nobody = content["linux"]["uidMappings"][0]["hostID"] + 65_534
+    for root in (images.rootfs("far"), tmp_path / "b/rootfs"):
+        found = (root / "su").stat()
+        assert (found.st_uid, found.st_gid, found.st_mode & 0o7777) == (nobody, nobody, 0o755), root
+
+
+def test_an_unpacking_that_is_killed_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "many.tar").write_bytes(b"".join(header(str(number)) for number in range(50_000)) + END)
+    place = tmp_path / "b"
+
+    def kill() -> None:
+        """Kill who has a file open in there: the child that unpacks."""
+        end = time.monotonic() + 30
+        while time.monotonic() < end:
+            for pid in descendants():
+                with contextlib.suppress(OSError):
+                    if any(
+                        os.readlink(fd).startswith(f"{place}/") for fd in Path(f"/proc/{pid}/fd").iterdir()
+                    ):
+                        os.kill(pid, signal.SIGTERM)
+                        return
+            time.sleep(0.005)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(children.ChildFailed):
+        bundle.make(place, Container("/", ["true"]).spec, tmp_path / "many.tar")
+    killer.join()
+    assert list(place.iterdir()) == []
 
 
 def test_a_hostile_tarball_or_an_unknown_user_leaves_nothing(busybox: store.Image, tmp_path: Path) -> None:

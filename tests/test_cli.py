@@ -710,6 +710,17 @@ def test_build_says_what_it_made(home: Path) -> None:
     assert built["digest"] in printed("build")
 
 
+def test_build_again_builds_again() -> None:
+    built = json.loads(printed("build", "--json"))
+    before = os.stat(built["tarball"]).st_mtime_ns
+    done = subprocess.run(
+        [*LABKERNEL, "build", "--again", "--json"], cwd=ROOT, capture_output=True, timeout=10 * PATIENCE
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert json.loads(done.stdout) == built, "the same bits"
+    assert os.stat(built["tarball"]).st_mtime_ns != before
+
+
 def test_the_doctor_answers() -> None:
     answers = lab("doctor", "--json")
     findings = json.loads(answers.stdout)

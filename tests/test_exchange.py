@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -14,9 +15,10 @@ from typing import Any
 
 import pytest
 
-from labkernel import Container
+from labkernel import Container, children, images
 from labkernel.image import exchange, recipes, store
 from labkernel.image.oci import BadImage, Layout
+from labkernel.image.tarball import Limits
 from labkernel.image.unpack import UnsafeArchive
 from tests.helpers import own_home
 from tests.ordinary_user import PYTHON, copy_package, ordinary_user
@@ -72,6 +74,25 @@ def test_an_archive_is_the_same_twice_and_for_docker_too(busybox: store.Image, t
         assert {entry["Config"], *entry["Layers"]} <= set(archive.getnames())
 
 
+@pytest.mark.parametrize(
+    ("name", "tag", "said"),
+    [
+        ("box", "1", ["box:1"]),
+        ("box", "host.example:5000/a/b:1", ["host.example:5000/a/b:1"]),
+        ("box", "a/b", []),
+        ("MyImage", "1", []),
+    ],
+)
+def test_an_archive_has_no_name_that_docker_refuses(
+    tmp_path: Path, name: str, tag: str, said: list[str]
+) -> None:
+    (tmp_path / "x.tar").write_bytes(tar(("x", "x")))
+    exchange.export_image(exchange.import_image(tmp_path / "x.tar", name), tmp_path / "out.tar", tag=tag)
+    with tarfile.open(tmp_path / "out.tar") as archive:
+        manifest = archive.extractfile("manifest.json")
+        assert manifest and json.load(manifest)[0]["RepoTags"] == said
+
+
 def test_what_docker_save_made_is_read(busybox: store.Image, tmp_path: Path) -> None:
     """The older form: no layout, layers by other names, and one that is a link to another."""
     layout, image = layout_of(
@@ -112,6 +133,20 @@ def test_the_tarball_of_a_root_file_system_is_read(tmp_path: Path, option: str) 
     run("tar", "-C", tmp_path / "root", option, "-cf", tmp_path / "some.tar", ".")
     image = exchange.import_image(tmp_path / "some.tar", "plain")
     assert (image.files, image.bytes) == (1, 5)
+
+
+def test_how_much_an_image_may_grow_is_asked_of_what_comes(tmp_path: Path) -> None:
+    """Zeros that are not compressed are no bomb, though zstd makes almost nothing of them; and limits can be raised."""
+    zeros = tar(("zeros", "\0" * (8 << 20)))
+    (tmp_path / "plain.tar").write_bytes(zeros)
+    (tmp_path / "bomb.tar.gz").write_bytes(gzip.compress(zeros))
+    image = exchange.import_image(tmp_path / "plain.tar", "zeros")
+    assert image.bytes == 8 << 20 and image.zstd_bytes * 200 + (1 << 20) < image.bytes
+    with pytest.raises(UnsafeArchive, match="a bomb"):
+        exchange.import_image(tmp_path / "bomb.tar.gz", "bomb")
+    again = exchange.import_image(tmp_path / "bomb.tar.gz", "bomb", limits=Limits(ratio=2000))
+    children.in_child(shutil.rmtree, images.rootfs("bomb"))
+    assert (images.rootfs("bomb") / "zeros").stat().st_size == again.bytes == image.bytes
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from labkernel import images, observe
+from labkernel import children, images, observe
 from labkernel.container import Container
 from labkernel.image.closure import closure
 from labkernel.image.pack import pack
@@ -134,6 +136,24 @@ def test_what_runs_on_in_the_background_ends_with_it(root: Path) -> None:
     start = time.monotonic()
     found = shell(root, "while :; do :; done & cat /data/a")
     assert found.returncode == 0 and time.monotonic() - start < 20
+
+
+def name_in_what_is_killed() -> str:
+    """A name in the memory of a process that dies when that has been opened and not read yet."""
+    process, real = subprocess.Popen(["sleep", "100"]), os.open
+
+    def open_and_kill(path: str, flags: int) -> int:
+        memory = real(path, flags)
+        process.kill()
+        process.wait()
+        return memory
+
+    os.open = open_and_kill  # type: ignore[assignment]
+    return observe._Watch.name(process.pid, 0x1000)
+
+
+def test_one_that_is_killed_while_it_is_looked_at() -> None:
+    assert children.in_child(name_in_what_is_killed, timeout=5) == ""
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from labkernel.image.oci import (
     INDEX,
     LAYERS,
     MANIFEST,
+    REF_NAME,
     BadImage,
     Descriptor,
     Image,
@@ -148,6 +149,20 @@ def test_a_tag_moves(tmp_path: Path) -> None:
     _, second = layout_of(tmp_path / "a", tar(("a", "2")))
     assert layout.image("latest").manifest.digest == second.manifest.digest != first.manifest.digest
     assert layout.read_image(first.manifest).manifest.digest == first.manifest.digest, "it is still there"
+
+
+def test_what_others_have_written_into_the_index_stays(tmp_path: Path) -> None:
+    layout, image = layout_of(tmp_path / "a", tar(("a", "1")), tag="one")
+    index = json.loads((layout.path / "index.json").read_text())
+    kind = "application/vnd.docker.distribution.manifest.v2+json"
+    theirs = {"mediaType": kind, "digest": f"sha256:{'1' * 64}", "size": 9, "artifactType": "application/x",
+              "urls": ["https://host.example/x"], "annotations": {"of": "them"}}  # fmt: skip
+    index |= {"manifests": [*index["manifests"], theirs], "annotations": {"also": "of them"}}
+    (layout.path / "index.json").write_bytes(to_json(index))
+    layout.tag("two", image.manifest)
+    found = json.loads((layout.path / "index.json").read_text())
+    assert theirs in found["manifests"] and found["annotations"] == {"also": "of them"}
+    assert set(layout.tags()) == {"one", "two"}
 
 
 def test_other_directories_are_left_alone(tmp_path: Path) -> None:
@@ -293,6 +308,36 @@ def test_of_several_platforms_ours_is_taken(tmp_path: Path) -> None:
     foreign = layout.add(to_json({"schemaVersion": 2, "manifests": [other]}), INDEX)
     with pytest.raises(BadImage, match=f"no image for linux/{architecture()} in it; there is: s390x"):
         layout.read_image(foreign)
+
+
+def test_docker_names_its_images_in_full_and_a_layout_may_hold_several_platforms(tmp_path: Path) -> None:
+    layout, one = layout_of(tmp_path / "a", tar(("a", "1")))
+    _, two = layout_of(tmp_path / "a", tar(("a", "2")))
+    names = ["docker.io/library/one:1", "host.example/two:1"]
+
+    def write(*blobs: dict[str, Any]) -> None:
+        (layout.path / "index.json").write_bytes(to_json({"schemaVersion": 2, "manifests": blobs}))
+
+    write(*(
+        image.manifest.as_json() | {"annotations": {"io.containerd.image.name": name, REF_NAME: "1"}}
+        for image, name in zip((one, two), names, strict=True)
+    ))  # fmt: skip
+    for tag, image in (("one:1", one), (names[0], one), (names[1], two)):
+        assert layout.image(tag).manifest.digest == image.manifest.digest
+    for several in (None, "1"):
+        with pytest.raises(LookupError, match=f"choose a tag: {', '.join(names)}"):
+            layout.image(several)
+    with pytest.raises(LookupError, match=f"no image 'three' in this layout; tags: 1, {', '.join(names)}"):
+        layout.image("three")
+    machines = ("s390x", one), (architecture(), two)
+    write(*(
+        image.manifest.as_json() | {"annotations": {}, "platform": {"os": "linux", "architecture": machine}}
+        for machine, image in machines
+    ))  # fmt: skip
+    assert layout.image().manifest.digest == two.manifest.digest
+    write(*(image.manifest.as_json() | {"annotations": {}} for image in (one, two)))
+    with pytest.raises(LookupError, match=r"choose a tag: sha256:\w{64}, sha256:\w{64}$"):
+        layout.image()
 
 
 def test_an_image_for_another_machine_is_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,8 +13,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import from_packages
 import pytest
 import system_packages
 
@@ -90,6 +93,16 @@ def test_a_bad_recipe_is_refused_with_the_key(tmp_path: Path, lines: dict[str, s
     write(tmp_path / "mine", **lines)
     with pytest.raises(BadRecipe, match=said):
         recipes.load(tmp_path / "mine")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("python", "built from this machine's Python"), ("a b", "use letters")]
+)
+def test_names_that_no_recipe_may_have(tmp_path: Path, name: str, said: str) -> None:
+    before = store.whole(name)
+    with pytest.raises(BadRecipe, match=f"recipe.toml: name '{name}': .*{said}"):
+        recipes.build(write(tmp_path / name))
+    assert store.whole(name) == before
 
 
 def test_a_recipe_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -445,6 +458,70 @@ def find_or_skip(name: str) -> Recipe:
     except BuildError as error:
         pytest.skip(str(error))
     return recipe
+
+
+@pytest.fixture
+def apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The directory of apt's sources on a machine with the distribution "bookworm"."""
+    (tmp_path / "apt/sources.list.d").mkdir(parents=True)
+    (tmp_path / "apt/sources.list").write_text("deb http://host.example/debian bookworm main\n")
+    (tmp_path / "os-release").write_text("VERSION_CODENAME=bookworm\n")
+    monkeypatch.setattr(from_packages, "APT", tmp_path / "apt")
+    monkeypatch.setattr(from_packages, "OS_RELEASE", tmp_path / "os-release")
+    return tmp_path / "apt"
+
+
+def test_the_sources_of_others_are_left_out(apt: Path, tmp_path: Path) -> None:
+    ours, suite = "/usr/share/keyrings/debian-archive-keyring.gpg", "bookworm main\n"
+    (apt / "sources.list").write_text(
+        f"deb http://plain.example {suite}deb [arch=amd64 signed-by={ours}] http://signed.example {suite}"
+        f"deb [signed-by=/etc/apt/keyrings/them.gpg] http://line.them.example {suite}"
+    )
+    paragraphs = {
+        "distribution": f"Signed-By: {ours}", "unsigned": "Enabled: yes", "off": "Enabled: no",
+        "disabled": f"enabled: False\nSigned-By: {ours}", "paragraph.them": "Signed-By: /etc/apt/keyrings/them.asc",
+        "key.them": "Signed-By:\n -----BEGIN PGP PUBLIC KEY BLOCK-----\n .\n mQINBF",
+    }  # fmt: skip
+    (apt / "sources.list.d/some.sources").write_text(
+        "\n\n".join(
+            f"Types: deb\nURIs: http://{host}.example\nSuites: bookworm\nComponents: main\n{line}"
+            for host, line in paragraphs.items()
+        )
+    )
+    written = "".join(path.read_text() for path in from_packages.host_sources("bookworm", tmp_path))
+    assert re.findall(r"http://(\S+)\.example", written) == ["plain", "signed", "distribution", "unsigned"]
+
+
+MMDEBSTRAP = """#!/bin/sh
+for word; do
+    case $word in --setup-hook=*) sh -ec "${word#*=}" hook "$ROOT"; touch "$ROOT/var/cache/apt/archives/new.deb" ;;
+                  --customize-hook=*) cp -r "$ROOT/var/cache/apt/archives" "$SEEN"; sh -ec "${word#*=}" hook "$ROOT" ;;
+    esac
+done
+"""
+
+
+def test_a_blank_in_the_path_of_the_home(apt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of mmdebstrap only this is done: it gives its hooks to a shell, with the root directory."""
+    root, cache = tmp_path / "root", tmp_path / "my home/cache"
+    (root / "etc").mkdir(parents=True)
+    (cache / "archives").mkdir(parents=True)
+    (cache / "archives/old.deb").touch()
+    stranger = tmp_path / "my"
+    stranger.write_text("of a stranger")
+    (tmp_path / "bin").mkdir()
+    for name, script in (("mmdebstrap", MMDEBSTRAP), ("apt-get", "#!/bin/sh\n")):
+        (tmp_path / "bin" / name).write_text(script)
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    monkeypatch.setenv("ROOT", str(root))
+    monkeypatch.setenv("SEEN", str(tmp_path / "seen"))
+    (tmp_path / "work").mkdir()
+    recipe = replace(recipes.find("busybox"), work=tmp_path / "work", cache=cache)
+    from_packages.install(root, recipe, lambda *step: None, variant="minbase", packages=["hello"])
+    assert stranger.read_text() == "of a stranger"
+    assert sorted(os.listdir(tmp_path / "seen")) == ["new.deb", "old.deb"]
+    assert sorted(os.listdir(cache / "archives")) == ["new.deb", "old.deb"]
 
 
 FAST = [recipe.name for recipe in recipes.all_recipes() if not recipe.slow and not recipe.by_hand]

@@ -196,6 +196,47 @@ def test_a_connection_that_breaks_is_taken_up_again(
     assert len(seen) == 3 and seen[0] == 0 < seen[1] <= seen[2]
 
 
+def test_the_end_of_a_message_is_lost_and_all_of_the_blob_is_there(
+    served: tuple[Server, Image], tmp_path: Path
+) -> None:
+    """The last chunk, an empty one, says that it was the last; to ask for more than all is 416."""
+    server, image = served
+
+    def before(request: Any) -> bool:
+        if not request.path.endswith(image.layers[0].blob.digest):
+            return False
+        if "Range" in request.headers:
+            request.reply(416)
+            return True
+        data = server.layout.bytes(image.layers[0].blob)
+        request.send_response(200)
+        request.send_header("Transfer-Encoding", "chunked")
+        request.end_headers()
+        request.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
+        request.wfile.flush()
+        request.connection.shutdown(socket.SHUT_RDWR)
+        return True
+
+    server.before = before
+    found, _ = pull(server, tmp_path)
+    assert found.layers == image.layers
+
+
+def test_a_manifest_that_is_cut_short(served: tuple[Server, Image], tmp_path: Path) -> None:
+    server, _ = served
+    server.before = lambda request: not request.reply(200, b'{"mediaType"', {"Content-Length": "1000"})
+    with pytest.raises(RegistryError, match=f"manifest latest from {server.host}: "):
+        pull(server, tmp_path)
+
+
+@pytest.mark.parametrize("kind", [b"[]", b"{}"])
+def test_a_media_type_that_is_no_text(served: tuple[Server, Image], tmp_path: Path, kind: bytes) -> None:
+    server, _ = served
+    server.before = lambda request: not request.reply(200, b'{"mediaType": %b}' % kind)
+    with pytest.raises(BadImage, match=r"manifest latest is a .*, which this does not read"):
+        pull(server, tmp_path)
+
+
 def test_it_does_not_try_for_ever(served: tuple[Server, Image], tmp_path: Path) -> None:
     server, _ = served
     server.before = lambda request: not request.reply(503, b"", {"Retry-After": "100000"})
@@ -298,6 +339,39 @@ def test_redirects_lose_the_authorization_and_never_lead_to_plain_http(
     )
     with pytest.raises(RegistryError, match="only https is used"):
         pull(server, tmp_path / "four", credentials=(USER, PASSWORD))
+
+
+def test_the_password_is_not_for_where_a_redirect_leads(served: tuple[Server, Image], tmp_path: Path) -> None:
+    """What is there wants a token, too, and names itself as the place that gives one for a password."""
+    server, _ = served
+    elsewhere = f"localhost:{server.host.rpartition(':')[2]}"
+    guarded(server, "Bearer")
+    guard = server.before
+    given: list[str | None] = []
+
+    def before(request: Any) -> bool:
+        if request.headers["Host"] == elsewhere:
+            given.append(request.headers.get("Authorization"))
+            request.reply(401, b"", {"WWW-Authenticate": f'Bearer realm="http://{elsewhere}/token"'})
+            return True
+        if not guard(request):
+            if "/blobs/" not in request.path:
+                return False
+            request.reply(307, b"", {"Location": f"http://{elsewhere}{request.path}"})
+        return True
+
+    server.before = before
+    with pytest.raises(RegistryError, match="401 Unauthorized"):
+        pull(server, tmp_path, credentials=(USER, PASSWORD))
+    assert given == [None]
+
+
+def test_a_registry_in_capitals_gets_the_password(served: tuple[Server, Image], tmp_path: Path) -> None:
+    server, image = served
+    guarded(server, "Bearer")
+    text = f"LOCALHOST:{server.host.rpartition(':')[2]}/shop"
+    found, _ = registry.pull(text, Layout.create(tmp_path / "pulled"), credentials=(USER, PASSWORD))
+    assert found.manifest.digest == image.manifest.digest
 
 
 # ---------------------------------------------------------------------- names

@@ -20,6 +20,7 @@ from labkernel import images, state
 from labkernel.container import Container
 from labkernel.image import elf, exchange, store, trim
 from labkernel.image.closure import closure, merged
+from labkernel.image.oci import Layout
 from labkernel.image.pack import Compression, pack
 from labkernel.image.trim import TrimError
 from labkernel.image.unpack import unpack
@@ -202,6 +203,52 @@ def test_an_image(tree: Path, tmp_path: Path) -> None:
     images.remove("mine")
 
 
+def test_an_image_is_run_as_it_says(tree: Path, tmp_path: Path) -> None:
+    """As by `labkernel run`: observed, and proved; who says something else means that."""
+    pack(tree, tmp_path / "x.tar")
+    layout = Layout.create(tmp_path / "l")
+    settings = {"Env": ["COLOUR=blue"], "WorkingDir": "/app", "User": "7:8"}
+    layer = layout.add_layer(tmp_path / "x.tar")
+    layout.add_image([layer], settings, created="1980-01-01T00:00:00Z", history=[""], tag="x")
+    exchange.import_image(tmp_path / "l", "says")
+    script = '[ "$COLOUR $PWD" = "{} /app" ] && read -r line < other && grep -q "^Uid:.{}" /proc/self/status'
+    done = labkernel("says", "--apply", "--", "sh", "-c", script.format("blue", 7))
+    assert done.returncode == 0, done.stderr
+    with trim.studied(
+        "says", [["sh", "-c", script.format("red", 0)]], env={"COLOUR": "red"}, user="0"
+    ) as study:
+        assert "/app/other" in study.plan.keep
+    trim.undo("says")
+    images.remove("says")
+
+
+def test_the_copy_of_where_we_are_lies_beside_it(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tree / "app")
+    assert trim.trimmed_name("..") == trim.trimmed_name("../") == tree.with_name("tree-trimmed")
+    before = sorted(tree.rglob("*"))
+    with trim.studied("..", [MONDAY]) as study:
+        assert trim.apply(study) == tree.with_name("tree-trimmed")
+    assert tree.with_name("tree-trimmed").is_dir() and sorted(tree.rglob("*")) == before
+    assert trim.undo("..") and [path.name for path in tree.parent.iterdir()] == ["tree"]
+
+
+def test_an_image_and_a_directory_of_the_same_name(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name is the image's, for what is made and for what is undone; with a slash it is the directory's."""
+    monkeypatch.chdir(tree.parent)
+    pack(tree, Path("x.tar"))
+    exchange.import_image(Path("x.tar"), "tree")
+    with trim.studied("tree", [MONDAY]) as study:
+        trim.apply(study)
+    assert store.whole("tree-trimmed") and not Path("tree-trimmed").exists()
+    with trim.studied("./tree", [MONDAY]) as study:
+        trim.apply(study)
+    assert store.whole("tree-trimmed") and Path("tree-trimmed").is_dir()
+    assert trim.undo("tree")
+    assert store.whole("tree-trimmed") is None and Path("tree-trimmed").is_dir()
+    assert trim.undo("./tree") and not Path("tree-trimmed").exists()
+    images.remove("tree")
+
+
 # ---------------------------------------------------------------------- what does not work
 
 
@@ -267,6 +314,23 @@ def test_what_is_in_the_way_is_left_alone(tree: Path) -> None:
     with pytest.raises(FileNotFoundError, match="not made by trimming"):
         trim.undo(str(tree))
     assert tree.with_name("tree-trimmed").is_dir()
+
+
+def test_a_report_is_of_one_copy_and_nobody_elses_file_is_one(tree: Path) -> None:
+    mine, report = tree.with_name("tree-trimmed.tar.zst"), tree.with_name("tree-trimmed.json")
+    mine.write_text("mine")
+    with trim.studied(str(tree), [MONDAY]) as study:
+        for text in ("mine", '["trimmed"]', "7"):
+            report.write_text(text)
+            with pytest.raises(FileExistsError, match="is there already, and is no trimmed copy"):
+                trim.apply(study)
+            assert report.read_text() == text and not tree.with_name("tree-trimmed").exists()
+        report.unlink()
+        trim.apply(study)
+    with pytest.raises(FileNotFoundError, match="not made by trimming"):
+        trim.undo(f"{tree}.tar.zst")
+    assert mine.read_text() == "mine"
+    assert trim.undo(str(tree)) and not report.exists()
 
 
 def test_a_device_has_no_place_in_an_image(tree: Path) -> None:

@@ -563,6 +563,31 @@ def test_owners_that_the_namespace_does_not_map_fall_to_the_caller(place: Place)
     assert set(owners(place.path / "root").values()) == {os.geteuid()}
 
 
+def test_owners_beyond_the_range_fall_to_its_nobody(place: Place) -> None:
+    """Else they would be somebody else on this machine, whose programs these were, with all that they may do."""
+    if os.geteuid():
+        pytest.skip("only root gives files away")
+    (place.path / "archive").write_bytes(
+        header("far", mode=0o6755, uid=70_000) + header("dir", b"5", mode=0o2755, uid=65_536)
+        + header("link", b"2", link="far", uid=65_536) + header("last", mode=0o4755, uid=65_535) + END
+    )  # fmt: skip
+    root = place.path / "root"
+    done = unpack(
+        place.path / "archive",
+        root,
+        same_owner=True,
+        owner_base=200_000,
+        owner_count=65_536,
+        allow_setuid=True,
+    )
+    nobody = 200_000 + 65_534
+    assert owners(root) == {"far": nobody, "dir": nobody, "link": nobody, "last": nobody + 1}
+    assert (root / "far").stat().st_gid == nobody
+    modes = [stat.S_IMODE((root / name).stat().st_mode) for name in ("far", "dir", "last")]
+    assert modes == [0o755, 0o755, 0o4755]
+    assert done.reowned == 3
+
+
 def test_a_user_is_told_that_he_cannot_give_files_away(place: Place) -> None:
     (place.path / "archive").write_bytes(OWNED)
     place.path.chmod(0o777)

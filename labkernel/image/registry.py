@@ -224,7 +224,9 @@ class _Client:
             try:
                 response = self._follow(url, headers)
                 # Where the registry has sent us to has no say in where the password goes.
-                asks = response.status_code == 401 and urlsplit(response.url).netloc == self.host
+                # (requests writes the name of a host in small letters.)
+                place = urlsplit(response.url).netloc.lower()
+                asks = response.status_code == 401 and place == self.host.lower()
                 if asks and self._authorize(response):
                     response.close()
                     response = self._follow(url, headers)

@@ -586,7 +586,7 @@ def _put(
         kept = {key: before[key] for key in ("settings",) if key in before}
         store.keep(image, tarball, kept | report)
         return
-    undo(source.name, missing_ok=True)
+    _undo_path(result, missing_ok=True)  # not by name: that could mean an image
     if source.kind == "directory":
         children.in_child(_unpack_as_it_was, tarball, result.absolute())
     elif str(result).endswith(".tar.zst"):
@@ -615,25 +615,29 @@ def _recompress(tarball: Path, result: Path) -> None:
             out.write(data)
 
 
-def undo(name: str, *, missing_ok: bool = False) -> bool:
+def undo(name: str) -> bool:
     """Remove the trimmed copy of something, and its report; the original was never changed.
 
     Raises FileNotFoundError where there is none that was made here.
     """
     result = trimmed_name(name)
     if _is_path(name):
-        report = report_of(result)
-        if not _is_report(report):
-            if missing_ok and not os.path.lexists(result):
-                return False
-            raise FileNotFoundError(f"nothing to undo: no {report}, so {result} was not made by trimming")
-        children.in_child(_remove, result.absolute())
-        report.unlink()
-        return True
+        return _undo_path(result)
     known = store.read_record(str(result))
     if known is None or "trimmed" not in known:
         raise FileNotFoundError(f"nothing to undo: there is no image {result} that was made by trimming")
     images.remove(str(result))
+    return True
+
+
+def _undo_path(result: Path, *, missing_ok: bool = False) -> bool:
+    report = report_of(result)
+    if not _is_report(report):
+        if missing_ok and not os.path.lexists(result):
+            return False
+        raise FileNotFoundError(f"nothing to undo: no {report}, so {result} was not made by trimming")
+    children.in_child(_remove, result.absolute())
+    report.unlink()
     return True
 
 
