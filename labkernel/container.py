@@ -110,7 +110,8 @@ class Container:
             "device_read_bps": device_read_bps, "device_write_bps": device_write_bps,
         }  # fmt: skip
         asked: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-        limits = spec.make_limits(**(_defaults(asked) | asked))
+        defaults = _defaults(asked)
+        limits = spec.make_limits(**(defaults | asked))
         identity = secrets.token_hex(6)
         self.name = _checked_name(name) if name else identity
         command = _checked_command(command)
@@ -149,7 +150,7 @@ class Container:
             process=process,
             hostname=_checked_hostname(hostname or identity),
             limits=limits,
-            limits_required=frozenset(spec.make_limits(**asked).given()),
+            limits_required=frozenset(limits.given()) - set(spec.make_limits(**defaults).given()),
             read_only=read_only,
             volumes=tuple(Volume.parse(text) for text in volumes),
             network=network,
@@ -409,6 +410,7 @@ class Container:
                 if int(number) == errno.ENOSPC:
                     text += f": its files are below {state.home()} (LABKERNEL_HOME names another place)"
                 raise ContainerError(int(number), f"the container could not be made: {text}")
+        self._failure = failure  # of the last step, if it was quicker than the launcher's word of the pid
 
 
 def run_inside(

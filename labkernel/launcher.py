@@ -284,7 +284,7 @@ class Launcher:
     def do_exec(self, request: Message, channel: socket.socket, fds: list[int]) -> None:
         """Run one more program in a container that runs."""
         record, process = request["record"], request["process"]
-        _hand_over_pipes(fds, users.container_map(self.id_maps) if "user" in record["namespaces"] else ())
+        _open_up_pipes(fds)
         go_read, go_write = os.pipe()
 
         def child() -> NoReturn:
@@ -579,19 +579,22 @@ def _order(
         if id_maps:  # so that /dev/stdout can be opened inside
             os.fchown(log, id_maps[0].outside, id_maps[0].outside)
         fds = [log if number in logged else fd for number, fd in enumerate(fds)]
-    _hand_over_pipes(fds, id_maps)
+    _open_up_pipes(fds)
     pickled = opened(os.memfd_create(state.PREFIX + "spec", os.MFD_CLOEXEC))
-    os.write(pickled, pickle.dumps(spec))
+    os.write(pickled, pickle.dumps((spec, logged)))
     return Order(pickled, channel.fileno(), (fds[0], fds[1], fds[2]), volumes)
 
 
-def _hand_over_pipes(fds: list[int], id_maps: tuple[users.IdMap, ...]) -> None:
-    """Let /dev/stdout be opened inside where it is a pipe: that asks for the pipe's owner, and he is nobody there."""
-    if not id_maps or not id_maps[0].outside:
-        return
+def _open_up_pipes(fds: list[int]) -> None:
+    """Let /dev/stdout be opened inside where it is a pipe: its owner is nobody there.
+
+    Who owns it stays as it is, since the caller's other programs may want to open it too. That everybody may is no
+    harm: a pipe has no name but the descriptors of those who hold it, and these the kernel guards (man 2 ptrace).
+    """
     for fd in fds[:3]:
         if os.readlink(f"/proc/self/fd/{fd}").startswith("pipe:"):
-            os.fchown(fd, id_maps[0].outside, id_maps[0].outside)
+            with contextlib.suppress(PermissionError):  # somebody else's, that our caller was given
+                os.fchmod(fd, 0o666)
 
 
 def _volume_tree(volume: Volume, id_maps: tuple[users.IdMap, ...]) -> int:

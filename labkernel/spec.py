@@ -144,7 +144,7 @@ class Order:
     """What an empty container is told to become: descriptors, which are sent to its second process."""
 
     spec: int
-    """A file with the pickled `Spec`."""
+    """A file with the pickled `Spec`, and the numbers of those streams that go to the container's log."""
     channel: int
     stdio: tuple[int, int, int]
     volumes: tuple[int, ...]

@@ -74,11 +74,11 @@ def put_up(orders: socket.socket, doors: tuple[int, ...], like: Spec, rootfs: in
         try:
             if trouble:
                 raise trouble
-            spec = read_spec(order)
+            spec, logged = read_spec(order)
             furnish(spec, order.volumes)
         except Exception as error:
             tell_failure(order.channel, error)
-        start_program(spec.process, order.stdio, order.channel)
+        start_program(spec.process, order.stdio, order.channel, logged)
     forward = frozenset({capabilities.Capability.CAP_KILL})  # all that init needs: to forward signals
     capabilities.capset(forward, forward)
     keep_only(())
@@ -119,12 +119,12 @@ def receive(orders: socket.socket) -> Order:
     return Order.received(fds)
 
 
-def read_spec(order: Order) -> Spec:
-    """What the container shall be, from the order's file."""
+def read_spec(order: Order) -> tuple[Spec, list[int]]:
+    """What the container shall be, and which streams go to its log, from the order's file."""
     os.lseek(order.spec, 0, os.SEEK_SET)
     with open(order.spec, "rb", closefd=False) as file:
-        spec: Spec = pickle.load(file)
-    return spec
+        found: tuple[Spec, list[int]] = pickle.load(file)
+    return found
 
 
 def build(like: Spec, rootfs: int, writable: int) -> None:
@@ -168,7 +168,9 @@ def furnish(spec: Spec, volumes: Iterable[int]) -> None:
         syscalls.mount_setattr(syscalls.AT_FDCWD, "/", attr_set=MOUNT_ATTR_RDONLY)
 
 
-def start_program(process: Process, stdio: tuple[int, int, int], channel: int) -> NoReturn:
+def start_program(
+    process: Process, stdio: tuple[int, int, int], channel: int, logged: Iterable[int] = ()
+) -> NoReturn:
     """Lock the doors for this process and everything it starts, then become the program."""
     try:
         os.setsid()
@@ -181,7 +183,7 @@ def start_program(process: Process, stdio: tuple[int, int, int], channel: int) -
         uid, gid, groups = look_up_user(process.user)
         check_ids(process.user, uid, gid)
         if uid:
-            hand_over(stdio, uid, process.tty)
+            hand_over(uid, gid, process.tty, logged)
         change_directory(process.workdir)
         if process.seccomp is not None and not process.no_new_privs:
             seccomp.install(process.seccomp)  # takes CAP_SYS_ADMIN where no_new_privs is not set
@@ -206,12 +208,18 @@ def start_program(process: Process, stdio: tuple[int, int, int], channel: int) -
         os._exit(CANNOT_RUN)
 
 
-def hand_over(stdio: Iterable[int], uid: int, own_terminal: bool) -> None:
-    """Let the program's user open /dev/stdout too, where it is a pipe or the container's own terminal."""
-    for fd in stdio:
-        with contextlib.suppress(OSError):  # without CAP_CHOWN, or a pipe of somebody else's
-            if own_terminal or os.readlink(f"/proc/self/fd/{fd}").startswith("pipe:"):
-                os.fchown(fd, uid, -1)
+def hand_over(uid: int, gid: int, own_terminal: bool, logged: Iterable[int]) -> None:
+    """Let the program's user open /dev/stdout too, where it is the container's own terminal, or its log.
+
+    The log by the group: its owner has to read it, who may be an ordinary user.
+    """
+    with contextlib.suppress(OSError):  # a file system that knows no such group
+        if own_terminal:
+            os.fchown(0, uid, -1)
+            return
+        for fd in logged:
+            os.fchown(fd, -1, gid)
+            os.fchmod(fd, 0o620)
 
 
 def be_observed(program: bytes, channel: int) -> None:

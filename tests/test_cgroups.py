@@ -19,6 +19,7 @@ import pytest
 
 from labkernel import children, lab, state
 from labkernel.container import Container
+from labkernel.launcher import Launcher
 from labkernel.linux import cgroup_v2, cgroups, disks, syscalls
 from labkernel.linux.cgroups import CgroupUnavailable, Limits
 from labkernel.spec import BadOption
@@ -559,6 +560,30 @@ def test_where_no_limit_can_be_set_one_that_is_asked_for_is_refused_in_words() -
     assert Container("python", ["true"]).run().returncode == 0  # the defaults are left out
     with Container("python", ["sleep", "60"]) as container, pytest.raises(CgroupUnavailable):
         container.stats()
+
+
+class MemoryOnly(cgroups.CgroupParent):
+    """A place that was handed to us with one controller; no group is made in it."""
+
+    controllers = frozenset({"memory"})
+
+    def create(self, name: str) -> cgroups.Cgroup:
+        raise NotImplementedError
+
+    def open(self, name: str) -> cgroups.Cgroup:
+        raise NotImplementedError
+
+    def names(self, prefix: str) -> list[str]:
+        return []
+
+
+def test_where_one_controller_is_missing_the_limits_of_the_others_are_set() -> None:
+    here = Launcher.__new__(Launcher)
+    here.parent, here.no_cgroup = MemoryOnly(), ""
+    assert here._limits(Container("python", ["true"]).spec) == Limits(memory=512 * MIB)
+    assert here._limits(Container("python", ["true"], memory="64M").spec) == Limits(memory=64 * MIB)
+    with pytest.raises(CgroupUnavailable, match=r"\(pids\) .* the controllers pids are not handed to us"):
+        here._limits(Container("python", ["true"], memory="64M", pids_limit=10).spec)
 
 
 # ---------------------------------------------------------------------- reading what the kernel says

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from labkernel import children
+from labkernel import children, state
 from labkernel.children import ChildFailed, LauncherDied, in_child, preload, start_child
 from labkernel.container import Container
 from labkernel.linux import mounts, namespaces, syscalls
@@ -536,6 +536,39 @@ def test_when_the_launcher_is_killed_by_sigterm_it_tidies_up() -> None:
     assert gone(container.pid)
     assert list((Path(os.environ["LABKERNEL_HOME"]) / "containers").iterdir()) == []
     assert in_child(lambda: 1) == 1
+
+
+def test_what_was_started_to_go_on_without_us_neither_holds_us_up_nor_ends_with_us() -> None:
+    program = """
+from labkernel.container import Container
+print(Container('python', ['sleep', '60'], detach=True).start().spec.id, flush=True)
+"""
+    started = time.monotonic()
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert time.monotonic() - started < 20
+    record = state.find(ended.stdout.strip())
+    assert record["state"] == "running"
+    os.kill(record["pid"], signal.SIGKILL)
+    assert gone(record["pid"]) and gone(record["launcher"]["pid"])
+
+
+def test_an_orphan_that_has_left_the_session_ends_with_the_launcher() -> None:
+    def leave() -> int:
+        pid = os.fork()
+        if pid == 0:
+            os.setsid()
+            time.sleep(60)
+            os._exit(0)
+        return pid
+
+    orphan = in_child(leave)
+    assert alive(orphan)
+    children.close_launcher()
+    assert gone(orphan, 1)
 
 
 def test_close_ends_everything() -> None:

@@ -12,6 +12,7 @@ end. While it does, somebody is killed with SIGKILL at a random moment:
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import select
@@ -25,8 +26,9 @@ from pathlib import Path
 
 import pytest
 
-from labkernel import children, state
+from labkernel import children, cleanup, state
 from labkernel.container import Container
+from labkernel.linux import cgroups
 from tests.helpers import (
     assert_nothing_left,
     descendants,
@@ -197,6 +199,28 @@ def test_clean_from_the_command_line() -> None:
     assert_nothing_left(before)
 
 
+def test_what_has_ended_is_left_to_its_launcher_as_long_as_that_lives() -> None:
+    """It has only not come to it yet: the log, the layer and the exit status are still wanted."""
+    read, write = os.pipe()
+    program = ["sh", "-c", "read line; echo $line; exit 3"]
+    container = Container("python", program, remove=False).start(stdin=read)
+    assert container.pid
+    busy = children.launcher().process.pid
+    with contextlib.closing(os.fdopen(os.pidfd_open(container.pid))) as init:
+        os.kill(busy, signal.SIGSTOP)
+        try:
+            os.write(write, b"precious\n")
+            assert select.select([init], [], [], 20)[0]
+            assert state.find(container.spec.id)["state"] == "dead"
+            children.Launcher().close()  # cleans up before anything else
+        finally:
+            os.kill(busy, signal.SIGCONT)
+    assert (container.wait(20), container.logs()) == (3, b"precious\n")
+    children.launcher().ask({"do": "remove", "record": state.find(container.spec.id)}).answer(30)
+    os.close(read)
+    os.close(write)
+
+
 def test_a_record_whose_pid_belongs_to_somebody_else_now_kills_nobody() -> None:
     """The record of a dead launcher may name a pid that the kernel has given out again."""
     victim = subprocess.Popen(["sleep", "60"], start_new_session=True)
@@ -218,6 +242,44 @@ def test_a_record_whose_pid_belongs_to_somebody_else_now_kills_nobody() -> None:
     finally:
         victim.kill()
         victim.wait()
+
+
+def test_a_session_of_somebody_who_has_a_dead_launchers_pid_now_is_left_alone() -> None:
+    children.launcher()
+    victim = subprocess.Popen(
+        ["sh", "-c", "sleep 60 & echo $!; wait"], start_new_session=True, stdout=subprocess.PIPE, text=True
+    )
+    assert victim.stdout
+    member = int(victim.stdout.readline())
+    record = state.launchers() / f"{victim.pid}.json"
+    try:
+        record.write_text(json.dumps({"pid": victim.pid, "started": 1, "boot": state.boot_id()}))
+        children.Launcher().close()
+        assert not record.exists()
+        assert member in descendants(victim.pid)
+    finally:
+        os.killpg(victim.pid, signal.SIGKILL)
+        victim.wait()
+        victim.stdout.close()
+
+
+def test_one_leftover_that_cannot_be_removed_stops_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a control group with another group in it; here two directories stand for the two groups."""
+    in_vain = cgroups.remove_directory
+    monkeypatch.setattr(cgroups, "remove_directory", lambda path, timeout: in_vain(path, 0.01))
+    (tmp_path / "group/inner/process").mkdir(parents=True)
+    (tmp_path / "group/inner/process/file").touch()
+    nobody = {"pid": os.getpid(), "started": 1, "boot": state.boot_id()}
+    for identity, group in (("0123456789ab", "group"), ("0123456789ac", "nothing")):
+        (state.containers() / identity).mkdir(parents=True)
+        record = {"id": identity, "name": identity, "created": 1.0, "command": ["true"], "launcher": nobody}
+        record |= {"state": "running", "init": nobody, "cgroup": {"": str(tmp_path / group)}}
+        state.write_record(state.containers() / identity, record)
+    assert cleanup.clean(None) == ["container 0123456789ac"]
+    (tmp_path / "group/inner/process/file").unlink()
+    assert cleanup.clean(None) == ["container 0123456789ab"]
 
 
 @pytest.mark.parametrize(

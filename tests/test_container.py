@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import select
 import shutil
@@ -169,6 +170,32 @@ def test_logs_while_it_runs_and_after() -> None:
     assert container.logs() == b"one\ntwo\n"
 
 
+@pytest.mark.parametrize("user", ["0", "1000:1000"])
+def test_its_streams_can_be_opened_by_name(user: str) -> None:
+    """/dev/stdout is a link to what the descriptor is open on, and opening that asks who owns it."""
+    if user != "0":
+        needs_ids()
+    command = ["sh", "-c", "echo one >> /dev/stdout; echo two >> /dev/stderr"]
+    with sleeping() as container:
+        for ended in (Container("python", command, user=user).run(), container.exec(command, user=user)):
+            assert (ended.stdout, ended.stderr) == (b"one\n", b"two\n")
+    with Container("python", [*command[:2], f"{command[2]}; sleep 60"], user=user) as container:
+        assert logged(container, "two") == "one\ntwo\n"
+
+
+def test_a_pipe_of_the_callers_own_stays_theirs() -> None:
+    """What else they have in a pipeline may want to open it by name, too."""
+    read, write = os.pipe()
+    try:
+        user = "1000" if facts()["container_map"]["count"] >= 65536 else "0"
+        with Container("python", ["sleep", "60"], user=user).start(stdout=write) as container:
+            container.exec(["true"], user=user)
+            assert os.fstat(write).st_uid == os.geteuid()
+    finally:
+        os.close(read)
+        os.close(write)
+
+
 def from_terminal(terminal: int, wanted: bytes) -> bytes:
     """What a terminal shows, once that contains `wanted` and a whole line."""
     text, end = b"", time.monotonic() + 30
@@ -289,6 +316,65 @@ while True: time.sleep(0.01)"""
         for name in ("SIGUSR1", "SIGHUP", "SIGINT", "SIGTERM"):
             container.signal(getattr(signal, name))
             logged(container, name)
+
+
+WHO_HAS_THE_PID_NOW = """
+import contextlib, os, signal, subprocess, sys, time
+from pathlib import Path
+from labkernel import children, state
+from labkernel.container import Container
+
+def until(condition):
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+def ready():
+    with contextlib.suppress(FileNotFoundError):
+        return len((state.spare(children.launcher().process.pid) / 'group').read_text().split()) == 2
+
+read, write = os.pipe()
+container = Container('python', ['cat']).start(stdin=read)
+os.close(write), os.close(read)
+until(lambda: not os.path.exists(f'/proc/{container.pid}'))    # the launcher has reaped it, and nobody has waited
+until(ready)                                                   # so that it starts nobody who would take the pid
+for _ in range(20):
+    Path('/proc/sys/kernel/ns_last_pid').write_text(str(container.pid - 1))
+    with subprocess.Popen(['sleep', '60']) as stranger:
+        try:
+            if stranger.pid == container.pid:
+                container.signal(signal.SIGKILL)
+                time.sleep(0.1)
+                print(stranger.poll(), container.kill(), stranger.poll())
+                break
+        finally:
+            stranger.kill()
+"""
+
+
+def test_no_signal_reaches_who_has_the_pid_after_the_container(tmp_path: Path, home: Path) -> None:
+    """In a pid namespace, whose next pid can be chosen."""
+    if not os.path.exists("/proc/sys/kernel/ns_last_pid"):
+        pytest.skip("this kernel does not let the next pid be chosen (CONFIG_CHECKPOINT_RESTORE)")
+    link_images(home.parent / "shared", tmp_path / "home")
+    become_root = ["--user", "--map-root-user"] if rootless() else []
+    command = ["unshare", *become_root, "--pid", "--fork", "--mount-proc", "--kill-child"]
+    ended = subprocess.run(
+        [*command, sys.executable, "-c", WHO_HAS_THE_PID_NOW], capture_output=True, text=True, timeout=60,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "LABKERNEL_HOME": str(tmp_path / "home")},
+    )  # fmt: skip
+    assert (ended.stdout, ended.stderr) == ("None 0 None\n", "")
+
+
+def test_the_descriptor_of_its_init_is_closed_with_its_end_or_with_what_stands_for_it_here() -> None:
+    before = snapshot()
+    container = Container("python", ["true"]).start()
+    assert container.wait(20) == 0
+    assert_nothing_left(before, within=5)
+    del container
+    Container("python", ["true"]).start()
+    assert_nothing_left(before, within=5)
 
 
 def test_orphans_are_reaped() -> None:
@@ -589,7 +675,9 @@ def test_environments_that_cannot_be_meant(env: Any) -> None:
     "options",
     [{"network": "moon"}, {"namespaces": ["net"]}, {"namespaces": ["mnt", "pid", "moon"]}, {"cap_add": ["MOON"]},
      {"cap_drop": ["CAP_MOON"]}, {"seccomp": "/no/such/profile"}, {"publish": ["1:2:3:4"]}, {"publish": ["99999:1"]},
-     {"publish": ["a:b"]}, {"workdir": "relative"}, {"workdir": "/a\0b"}],
+     {"publish": ["a:b"]}, {"publish": ["8000:80"], "network": "host"},
+     {"publish": ["8000:80"], "namespaces": ["mnt", "pid"]}, {"network": "bridge", "namespaces": ["mnt", "pid"]},
+     {"workdir": "relative"}, {"workdir": "/a\0b"}],
 )  # fmt: skip
 def test_options_that_cannot_be_meant(options: dict[str, Any]) -> None:
     word = next(iter(options)).replace("_", "-")
@@ -725,6 +813,73 @@ except OSError as error:
     )  # fmt: skip
     assert "Traceback" not in ended.stderr
     assert "max_user_namespaces" in ended.stdout or "max_*_namespaces" in ended.stdout, ended
+
+
+def test_a_namespace_that_is_one_too_many_is_not_told_as_a_full_disk() -> None:
+    """ENOSPC is the kernel's word for both (man 2 clone)."""
+    program = """
+from labkernel.container import Container
+try:
+    print(Container('python', ['true']).run().returncode)
+except OSError as error:
+    print(error)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", WITHOUT_NAMESPACES.replace("max_user_", "max_uts_"), program],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert "clone3" in ended.stdout and "LABKERNEL_HOME" not in ended.stdout, ended
+
+
+def test_a_filter_that_the_kernel_refuses_is_told_in_words(tmp_path: Path) -> None:
+    """More than 4096 instructions (BPF_MAXINSNS): the last thing that can fail, after the container is said to run."""
+    argument = {"index": 1, "op": "SCMP_CMP_EQ"}
+    rules = [
+        {"names": ["ioctl"], "action": "SCMP_ACT_ERRNO", "args": [argument | {"value": 1 << 40 | number}]}
+        for number in range(1100)
+    ]
+    profile = tmp_path / "long.json"
+    profile.write_text(json.dumps({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": rules}))
+    before = snapshot()
+    for _ in range(12):  # its word of that may come before or after the launcher's, that it has been started
+        with pytest.raises(ContainerError, match=r"the container could not be made: .*seccomp") as caught:
+            Container("python", ["true"], seccomp=str(profile)).run(timeout=30)
+        assert caught.value.errno == errno.EINVAL
+    assert_nothing_left(before, within=5)
+
+
+@pytest.mark.skipif(rootless(), reason="only root may look at the launcher's descriptors")
+def test_a_start_that_fails_late_gives_back_the_relay_and_the_address(tmp_path: Path) -> None:
+    launcher = children.launcher().process.pid
+    own_address = """
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.connect(('192.0.2.1', 9))
+result = s.getsockname()[0]"""
+
+    def fails() -> None:
+        (tmp_path / "volume").mkdir()
+        options: dict[str, Any] = {"network": "bridge", "publish": ["80"]}
+        container = Container("python", ["true"], volumes=[f"{tmp_path}/volume:/v"], **options)
+        (tmp_path / "volume").rmdir()
+        with pytest.raises(FileNotFoundError):
+            container.start()
+        time.sleep(0.1)  # it closes what came with the request when it has answered
+
+    def descriptors() -> int:
+        return len(os.listdir(f"/proc/{launcher}/fd"))
+
+    address = inside(own_address, network="bridge")
+    end = time.monotonic() + 20
+    while not (state.spare(launcher) / "group").exists():
+        assert time.monotonic() < end
+        time.sleep(0.01)  # the first failure takes it, and then no other is made
+    fails()
+    before = descriptors()
+    fails()
+    end = time.monotonic() + 5
+    while descriptors() > before and time.monotonic() < end:
+        time.sleep(0.01)
+    assert descriptors() <= before
+    assert inside(own_address, network="bridge") == address
 
 
 # ---------------------------------------------------------------------- many

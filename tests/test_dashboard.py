@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 import time
@@ -13,11 +14,11 @@ import pytest
 from labkernel import monitor
 from labkernel.container import Container
 from labkernel.lab import figures
-from labkernel.lab.dashboard import Dashboard, View
+from labkernel.lab.dashboard import Dashboard, View, two_views
 from labkernel.lab.replay import Replay
 from labkernel.lab.sparklines import picture
 from labkernel.monitor import Recording, Sample
-from tests.helpers import emulated, needs_limits, own_home
+from tests.helpers import emulated, logged, needs_limits, own_home
 
 SOON = 60.0
 SLEEP = ("sleep", "600")
@@ -159,6 +160,19 @@ def test_each_process_stands_there_with_both_its_pids(boards: list[Dashboard]) -
     pids = [int(text) for text in re.findall(r">(\d+)</td>", row)]
     assert pids[1] == 2
     assert pids[0] not in (2, container.pid)
+
+
+def test_a_name_that_is_no_text_is_shown_all_the_same() -> None:
+    """A process may give itself any name of 15 bytes; man 2 prctl, PR_SET_NAME."""
+    rename = "import ctypes; ctypes.CDLL(None).prctl(15, b'odd \\xff'); print(1, flush=True); input()"
+    read, write = os.pipe()
+    try:
+        with Container("python", ["python3", "-c", rename]).start(stdin=read) as container:
+            logged(container, "1")
+            assert "<td " in two_views(container) and "odd \N{REPLACEMENT CHARACTER}" in two_views(container)
+    finally:
+        os.close(read)
+        os.close(write)
 
 
 def test_a_dashboard_over_the_same_container_takes_the_place_of_the_first(boards: list[Dashboard]) -> None:

@@ -150,6 +150,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"cpu_weight": 10001}, "--cpu-weight 10001", "from 1 to 10000"),
     ({"cpu_weight": 1.5}, "--cpu-weight 1.5", "whole"),
     ({"pids_limit": 0}, "--pids-limit 0", "from 2 to"),
+    ({"pids_limit": 1}, "--pids-limit 1", "from 2 to"),
     ({"pids_limit": -1}, "--pids-limit -1", "from 2 to"),
     ({"pids_limit": 10**12}, "--pids-limit 1000000000000", "from 2 to"),
     ({"pids_limit": "many"}, "--pids-limit 'many'", "whole"),
@@ -202,6 +203,13 @@ def test_every_limit_has_a_controller() -> None:
     from labkernel.linux.cgroups import CONTROLLERS
 
     assert {field.name for field in fields(Limits)} == CONTROLLERS.keys()
+
+
+def test_only_what_was_asked_for_is_insisted_on() -> None:
+    """Memory and swap together may be given alone: the default of the memory is taken from it."""
+    assert Container("python").spec.limits_required == frozenset()
+    together = Container("python", memory_swap=spec.machine_memory() + (1 << 30), pids_limit=10).spec
+    assert together.limits_required == {"memory_swap", "pids"}
 
 
 def test_the_defaults_put_a_limit_on_everything() -> None:

@@ -7,6 +7,7 @@ wall's work.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import platform
@@ -250,6 +251,28 @@ def test_all_capabilities_of_the_container_do_not_write_the_machines_switches(pa
     if not os.path.exists(path):
         pytest.skip(f"this kernel has no {path}")
     assert inside(f"result = attempt(os.open, {path!r}, os.O_WRONLY)", **EVERYTHING_ALLOWED) in REFUSED
+
+
+def test_the_hosts_sys_is_read_only_with_all_that_is_mounted_in_it() -> None:
+    """With the host's network comes the host's /sys, and its control groups with it."""
+    program = """
+flags = [line.split()[1:4] for line in open('/proc/self/mounts') if line.split()[1].startswith('/sys')]
+result = [[place for place, _, options in flags if 'ro' not in options.split(',')],
+          attempt(os.chmod, '/sys/kernel', 0o755)]"""
+    assert inside(program, network="host") == [[], "EROFS"]
+
+
+@pytest.mark.parametrize("name", ["proc", "dev", "sys"])
+def test_nothing_is_mounted_by_way_of_a_link_of_the_image(name: str, tmp_path: Path) -> None:
+    """/proc would be somewhere else, and nothing of it would be masked."""
+    tmp_path.chmod(0o755)
+    for place in {"proc", "dev", "sys", "tmp/x"} - {name}:
+        (tmp_path / "rootfs" / place).mkdir(parents=True)
+    (tmp_path / "rootfs" / name).symlink_to("/tmp/x")
+    (tmp_path / "rootfs").chmod(0o755)
+    with pytest.raises(OSError, match=f"/{name} is a symbolic link in the image") as caught:
+        Container(str(tmp_path / "rootfs"), ["/nothing"]).run()
+    assert caught.value.errno == errno.ELOOP
 
 
 HIDDEN = tuple(path for path in mounts.MASKED_PATHS if os.path.exists(path))
