@@ -160,7 +160,7 @@ class View:
         self.cpus = ipywidgets.FloatSlider(
             limits.cpus or _cores(), min=0.05, max=_cores(), step=0.05, description="cpus", **slider
         )
-        self.pids = ipywidgets.IntSlider(pids, 1, min(4 * pids, spec.pid_max()), description="pids", **slider)
+        self.pids = ipywidgets.IntSlider(pids, 2, min(4 * pids, spec.pid_max()), description="pids", **slider)
         button = ipywidgets.Layout(width="auto", flex="0 0 auto")
         self.start_button = ipywidgets.Button(description="start", layout=button)
         self.pause_button = ipywidgets.ToggleButton(description="pause", layout=button)
