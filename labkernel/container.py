@@ -228,7 +228,10 @@ class Container:
         return Completed(code, output[0], output[1], self.final_stats)
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for the container's end and return its exit status. Raises TimeoutError; the container goes on."""
+        """Wait for the container's end and return its exit status.
+
+        Raises TimeoutError (the container goes on), and ContainerError where its filter of system calls was refused.
+        """
         if self._ended is None:
             if self._channel is None:
                 raise RuntimeError("this container has not been started")
