@@ -10,6 +10,7 @@ import re
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ class Order:
     """What an empty container is told to become: descriptors, which are sent to its second process."""
 
     spec: int
-    """A file with the pickled `Spec`, and the numbers of those streams that go to the container's log."""
+    """The file with the pickled request: the `Spec`, and which streams go to the container's log."""
     channel: int
     stdio: tuple[int, int, int]
     volumes: tuple[int, ...]
@@ -228,6 +229,7 @@ def make_limits(
     )
 
 
+@cache
 def pid_max() -> int:
     """The most pids that the machine gives out."""
     return int(Path("/proc/sys/kernel/pid_max").read_text())

@@ -24,10 +24,13 @@ def home() -> Path:
     Nothing is made; whoever writes there makes what it needs.
     Source: https://specifications.freedesktop.org/basedir-spec/latest/
     """
-    if chosen := os.environ.get("LABKERNEL_HOME"):
-        return Path(chosen)
-    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-    return Path(data) / "labkernel"
+    return _home(*map(os.environ.get, ("LABKERNEL_HOME", "XDG_DATA_HOME", "HOME")))
+
+
+@cache
+def _home(chosen: str | None, data: str | None, _: str | None) -> Path:
+    """To put a path together takes longer than many a system call, and a start asks for it often."""
+    return Path(chosen) if chosen else Path(data or Path.home() / ".local" / "share") / "labkernel"
 
 
 def check_home() -> None:

@@ -13,7 +13,7 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 CPU_PERIOD_USEC = 100_000
@@ -45,7 +45,8 @@ class Limits:
 
     def given(self) -> dict[str, object]:
         """Only the limits that are set."""
-        return {name: value for name, value in asdict(self).items() if value not in (None, {})}
+        everything = {one.name: getattr(self, one.name) for one in fields(self)}
+        return {name: value for name, value in everything.items() if value not in (None, {})}
 
 
 CONTROLLERS: Mapping[str, str] = {

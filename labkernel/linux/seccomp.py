@@ -211,7 +211,13 @@ def _numbers(release: str) -> tuple[int, ...]:
 
 def compiled(profile: str, kept: frozenset[int]) -> bytes:
     """The program of the profile "default", or of one in a file, for a container that has `kept`."""
-    return compile_profile(default_profile() if profile == "default" else load(profile), kept)
+    return _compiled_default(kept) if profile == "default" else compile_profile(load(profile), kept)
+
+
+@cache
+def _compiled_default(kept: frozenset[int]) -> bytes:
+    """Without a look at each of its rules, which is what comparing two profiles takes, at each container's start."""
+    return compile_profile(default_profile(), kept)
 
 
 # An instruction: the operation, how many instructions to skip if its test holds, and if not, and a constant.
