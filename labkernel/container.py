@@ -198,6 +198,10 @@ class Container:
         except BaseException:
             self._channel.close()
             self._end(self._ended or {"status": 125, "stats": None})
+            for fd in (self.terminal, self.listener):
+                if fd is not None:
+                    os.close(fd)
+            self.terminal = self.listener = None
             raise
         return self
 
@@ -385,8 +389,8 @@ class Container:
         while not (ready and self.pid):
             try:
                 message, fds = self._channel.answer_and_fds(children.STARTED_WITHIN)
-            except children.LauncherDied:
-                if not failure:
+            except (children.LauncherDied, OSError):
+                if not failure:  # else the launcher has found out what the container has told us already
                     raise
                 message = {"status": 125, "stats": None}
             if message == b"ready":

@@ -8,14 +8,13 @@ makes one in advance while it has nothing else to do, for the next container tha
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import select
 import socket
 from dataclasses import dataclass
 from functools import cached_property
 
-from labkernel import walls
+from labkernel import state, walls
 from labkernel.linux import cgroups, mounts, namespaces, syscalls, users
 from labkernel.processes import end_now, fork
 from labkernel.spec import Order, Spec
@@ -31,6 +30,7 @@ class Empty:
     """Which directory its root stands on, by device and inode: another may come to have the same path."""
     pid: int
     pidfd: int
+    init: state.ProcessKey
     orders: socket.socket
     mounts: int
     """Its mount namespace. While somebody has it open, its processes need not take it apart when they end."""
@@ -51,15 +51,16 @@ class Empty:
         return False
 
     def give(self, order: Order) -> None:
-        """Let it become the container of this order, once it is sure to end with us. Raises ProcessLookupError."""
+        """Let it become the container of this order, all but its program."""
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # killed: its end will be told
+            socket.send_fds(self.orders, [b"order"], order.descriptors())
+
+    def go(self) -> None:
+        """Let the program run. Whoever is built is sure to end with us."""
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             if self.built:
-                socket.send_fds(self.orders, [b"order"], order.descriptors())
-                self.orders.close()
-                return
-        raise ProcessLookupError(
-            errno.ESRCH, "the container's first process was killed before it had its order"
-        )
+                self.orders.send(b"go")
+        self.orders.close()
 
     def end(self) -> None:
         """Kill it, and remove its group."""
@@ -110,10 +111,11 @@ def make(
         undo.callback(end_now, pid, pidfd)
         if "user" in like.namespaces:
             users.write_maps(pid, id_maps)
+        init = state.ProcessKey.of(pid)
         mount_namespace = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
         ours.send(b"mapped")
         undo.pop_all()
-    return Empty(like, image, pid, pidfd, ours, mount_namespace, group, name)
+    return Empty(like, image, pid, pidfd, init, ours, mount_namespace, group, name)
 
 
 def lay_out(directory: str, owner: int) -> None:

@@ -18,7 +18,6 @@ import importlib
 import json
 import os
 import pickle
-import secrets
 import select
 import signal
 import socket
@@ -27,8 +26,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NoReturn
-
-import cloudpickle
 
 from labkernel import cleanup, empty, state, walls
 from labkernel.linux import cgroups, mounts, namespaces, syscalls, users
@@ -131,7 +128,7 @@ class Launcher:
         channel = socket.socket(fileno=fds[0])
         try:
             request: Message = pickle.loads(_contents(fds[1]))
-            getattr(self, f"do_{request['do']}")(request, channel, fds[2:])
+            getattr(self, f"do_{request['do']}")(request, channel, fds[1:])
         except Exception as error:
             _send(channel, _described(error))
             channel.close()
@@ -194,15 +191,14 @@ class Launcher:
 
     def do_preload(self, request: Message, channel: socket.socket, _: list[int]) -> None:
         """Import modules here, so that no child that follows has to do it for itself."""
-        for name in request["modules"]:
-            importlib.import_module(name)
-        gc.freeze()
+        _preload(*request["modules"])
         _send(channel, {})
         channel.close()
 
     def do_child(self, _: Message, channel: socket.socket, fds: list[int]) -> None:
         """Run a pickled function in a plain child."""
-        stdin, stdout, stderr, result, function = fds
+        _preload("cloudpickle")  # not earlier: containers copy all that we have, and do without it
+        stdin, stdout, stderr, result, function = fds[1:]
 
         def child() -> NoReturn:
             os.setpgid(0, 0)
@@ -226,12 +222,8 @@ class Launcher:
         if self.no_containers and "user" in spec.namespaces:
             raise PermissionError(errno.EPERM, self.no_containers)
         self.last = request
-        record, limits = self._record(request), self._limits(spec)
         directory = str(spec.directory)
         with contextlib.ExitStack() as undo, contextlib.ExitStack() as closing:
-            listeners = _listeners(spec, closing)
-            # Where no port of the host was named, the kernel has chosen one.
-            record["publish"] = [one.text(listener.getsockname()[1]) for one, listener in listeners]
             undo.callback(cleanup.remove_tree, directory)
             undo.callback(state.free_name, spec.name, spec.id)
             vessel = self._take_spare(spec)
@@ -239,6 +231,13 @@ class Launcher:
                 made_in = str(state.spare(os.getpid()))
                 undo.callback(cleanup.remove_tree, made_in)
                 undo.callback(vessel.end)
+                # First of all: what it does with the order takes as long as what is left for us.
+                vessel.give(self._order(request, made_in, channel, fds, closing))
+            record, limits = self._record(request), self._limits(spec)
+            listeners = _listeners(spec, closing)
+            # Where no port of the host was named, the kernel has chosen one.
+            record["publish"] = [one.text(listener.getsockname()[1]) for one, listener in listeners]
+            if vessel:
                 if vessel.group:
                     vessel.group.set(limits)
                 record |= _running(vessel, limits)
@@ -255,6 +254,7 @@ class Launcher:
                     state.write_record(directory, record)  # before anything that it names
                 vessel = self._make_empty(spec, directory, record["group"], limits)
                 undo.callback(vessel.end)
+                vessel.give(self._order(request, directory, channel, fds, closing))
                 record |= _running(vessel, limits)
                 with _explained_home():
                     state.write_record(directory, record)
@@ -267,10 +267,8 @@ class Launcher:
             if spec.network == "bridge":
                 self._network().attach(pid, spec.id, spec.name)
                 undo.callback(self._detach, spec.id)
-            with _explained_home():
-                order = _order(spec, self._id_maps(spec), request["logged"], channel, fds, closing)
             killers = [lambda: kill(vessel.pidfd), *([lambda: _thaw(group)] if group else [])]
-            vessel.give(order)  # before the asker is told anything: he would take the processor from it
+            vessel.go()  # before the asker is told anything: he would take the processor from it
             undo.pop_all()
         _send(channel, {"pid": pid, "cgroup": record["cgroup"]})
         self.detached = self.detached or spec.detach
@@ -284,16 +282,17 @@ class Launcher:
     def do_exec(self, request: Message, channel: socket.socket, fds: list[int]) -> None:
         """Run one more program in a container that runs."""
         record, process = request["record"], request["process"]
-        _open_up_pipes(fds)
+        stdin, stdout, stderr = fds[1:]
+        _open_up_pipes(fds[1:])
         go_read, go_write = os.pipe()
 
         def child() -> NoReturn:
-            walls.keep_only((channel.fileno(), go_read, *fds))
+            walls.keep_only((channel.fileno(), go_read, stdin, stdout, stderr))
             if not os.read(
                 go_read, 1
             ):  # the launcher is gone, and whoever asked is told so by the channel's end
                 os._exit(walls.SET_UP_FAILED)
-            _enter_and_run(record, process, channel, (fds[0], fds[1], fds[2]))
+            _enter_and_run(record, process, channel, (stdin, stdout, stderr))
 
         try:
             pid, pidfd = fork(child)
@@ -351,6 +350,13 @@ class Launcher:
     def _id_maps(self, spec: Spec) -> tuple[users.IdMap, ...]:
         return users.container_map(self.id_maps) if "user" in spec.namespaces else ()
 
+    def _order(
+        self, request: Message, directory: str,
+        channel: socket.socket, fds: list[int], closing: contextlib.ExitStack,
+    ) -> Order:  # fmt: skip
+        with _explained_home():
+            return _order(request, directory, self._id_maps(request["spec"]), channel, fds, closing)
+
     def _make_empty(self, like: Spec, directory: str, name: str, limits: cgroups.Limits) -> empty.Empty:
         with _explained_home():
             return empty.make(like, directory, self._id_maps(like), self.parent, name, limits)
@@ -374,7 +380,7 @@ class Launcher:
         self._end_spare()
         if not like.rootfs.startswith(f"{state.home()}/"):
             return
-        directory, name = str(state.spare(os.getpid())), state.PREFIX + secrets.token_hex(6)
+        directory, name = str(state.spare(os.getpid())), state.PREFIX + _random_name()
         with contextlib.suppress(OSError), contextlib.ExitStack() as undo:
             undo.callback(cleanup.remove_tree, directory)
             os.mkdir(directory)
@@ -384,13 +390,18 @@ class Launcher:
             state.write_group(directory, f" {spare.pid}")
             undo.pop_all()
             self.spare = spare
-            self._rehearse(spare)
+            self.chores.append(lambda: self._rehearse(spare))
 
     def _rehearse(self, spare: empty.Empty) -> None:
         """Do what the next start will take: until we write to it, our memory is shared with those just made, and
         to get a page of one's own takes longer than to use it."""
         request: Message = pickle.loads(pickle.dumps(self.last))
         spec: Spec = request["spec"]
+        if self.spare is not spare or not spare.fits(spec):
+            return
+        if spare.group:
+            spare.group.stats()
+            spare.group.pids()
         with contextlib.ExitStack() as closing, _holding_containers():
             _listeners(replace(spec, publish=()), closing)
             json.dumps(self._record(request) | _running(spare, self._limits(spec)))
@@ -429,7 +440,7 @@ class Launcher:
         """Put a directory where it will be removed: that takes as long as the disk wants, and nobody waits for it."""
         try:
             os.makedirs(self.ended, exist_ok=True)
-            os.rename(directory, f"{self.ended}/{secrets.token_hex(6)}")
+            os.rename(directory, f"{self.ended}/{_random_name()}")
         except OSError:  # a full disk may have no room for the rename, but it has for this
             cleanup.remove_tree(directory)
 
@@ -472,6 +483,8 @@ class Launcher:
 
 def _run_function(stdio: tuple[int, int, int], result: int, pickled: bytes) -> NoReturn:
     """Call the function with the cell's standard streams, send back what it returns or raises, and end."""
+    import cloudpickle
+
     for target, fd in enumerate(stdio):
         os.dup2(fd, target)
     sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
@@ -556,16 +569,18 @@ def _running(vessel: empty.Empty, limits: cgroups.Limits) -> Message:
         "cgroup": vessel.group.places if vessel.group else None,
         "limits": limits.given(),
         "state": "running",
-        "init": asdict(state.ProcessKey.of(vessel.pid)),
+        "init": asdict(vessel.init),
         "pid": vessel.pid,
     }
 
 
 def _order(
-    spec: Spec, id_maps: tuple[users.IdMap, ...], logged: list[int],
+    request: Message, directory: str, id_maps: tuple[users.IdMap, ...],
     channel: socket.socket, fds: list[int], closing: contextlib.ExitStack,
 ) -> Order:  # fmt: skip
     """Open what the child needs; it could not walk there itself, our directories are closed to its ids."""
+    spec, logged = request["spec"], request["logged"]
+    file, *stdio = fds
 
     def opened(fd: int) -> int:
         closing.callback(os.close, fd)
@@ -574,15 +589,13 @@ def _order(
     volumes = tuple(opened(_volume_tree(volume, id_maps)) for volume in spec.volumes)
     if logged:  # opened by way of the copied mount: /proc/self/fd/1 then says "/log", and no path of the host
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-        writable = opened(empty.copied_mount(str(spec.directory)))
+        writable = opened(empty.copied_mount(directory))
         log = opened(os.open("log", flags, 0o600, dir_fd=writable))
         if id_maps:  # so that /dev/stdout can be opened inside
             os.fchown(log, id_maps[0].outside, id_maps[0].outside)
-        fds = [log if number in logged else fd for number, fd in enumerate(fds)]
-    _open_up_pipes(fds)
-    pickled = opened(os.memfd_create(state.PREFIX + "spec", os.MFD_CLOEXEC))
-    os.write(pickled, pickle.dumps((spec, logged)))
-    return Order(pickled, channel.fileno(), (fds[0], fds[1], fds[2]), volumes)
+        stdio = [log if number in logged else fd for number, fd in enumerate(stdio)]
+    _open_up_pipes(stdio)
+    return Order(file, channel.fileno(), (stdio[0], stdio[1], stdio[2]), volumes)
 
 
 def _open_up_pipes(fds: list[int]) -> None:
@@ -591,7 +604,7 @@ def _open_up_pipes(fds: list[int]) -> None:
     Who owns it stays as it is, since the caller's other programs may want to open it too. That everybody may is no
     harm: a pipe has no name but the descriptors of those who hold it, and these the kernel guards (man 2 ptrace).
     """
-    for fd in fds[:3]:
+    for fd in fds:
         if os.readlink(f"/proc/self/fd/{fd}").startswith("pipe:"):
             with contextlib.suppress(PermissionError):  # somebody else's, that our caller was given
                 os.fchmod(fd, 0o666)
@@ -705,6 +718,17 @@ def _described(error: BaseException) -> Message:
     except Exception:
         return {"error": RuntimeError(f"{type(error).__name__}: {error}"), "traceback": text}
     return {"error": error, "traceback": text}
+
+
+def _preload(*modules: str) -> None:
+    if not sys.modules.keys() >= set(modules):
+        for name in modules:
+            importlib.import_module(name)
+        gc.freeze()  # see `main`
+
+
+def _random_name() -> str:
+    return os.urandom(6).hex()
 
 
 def _run_all(actions: list[Callable[[], None]]) -> None:

@@ -51,8 +51,9 @@ def put_up(orders: socket.socket, doors: tuple[int, ...], like: Spec, rootfs: in
     """Be the first process of a container: take our place, and be init to a second process, which becomes the program.
 
     The second one builds what is the same for all containers `like` this, and waits for the order: that comes at once,
-    or when there is a use for a container made in advance. So this one, which stays as long as the container, touches
-    (and so copies) hardly any of the launcher's memory.
+    or when there is a use for a container made in advance. Before the program runs it waits for one more word, until
+    the launcher has set the limits and written down what there will be to remove. The first one, which stays as long
+    as the container, touches (and so copies) hardly any of the launcher's memory.
     """
     keep_only((orders.fileno(), *doors, rootfs, writable))
     trouble = None
@@ -78,7 +79,7 @@ def put_up(orders: socket.socket, doors: tuple[int, ...], like: Spec, rootfs: in
             furnish(spec, order.volumes)
         except Exception as error:
             tell_failure(order.channel, error)
-        start_program(spec.process, order.stdio, order.channel, logged)
+        start_program(spec.process, order.stdio, order.channel, orders.fileno(), logged)
     forward = frozenset({capabilities.Capability.CAP_KILL})  # all that init needs: to forward signals
     capabilities.capset(forward, forward)
     keep_only(())
@@ -103,9 +104,20 @@ def take_place(orders: socket.socket, kinds: frozenset[str], doors: tuple[int, .
 
 
 def rehearse(orders: socket.socket, like: Spec) -> None:
-    """While there is no order: do what it will take, so that the memory for it is ours then, and not the launcher's."""
-    if not select.select([orders], [], [], 0)[0]:
-        pickle.loads(pickle.dumps(like))
+    """While there is no order: do what it will take, so that the memory for it is ours then, and not the launcher's.
+
+    Nothing of it changes anything, or it is done again: what cannot be done now fails then, and in words.
+    """
+    if select.select([orders], [], [], 0)[0]:
+        return
+    with contextlib.suppress(OSError):
+        process: Process = pickle.loads(pickle.dumps(like)).process
+        for number in IGNORED:
+            syscalls.default_signal(number)
+        for limit, _ in process.rlimits:
+            resource.getrlimit(limit)
+        look_up_user(process.user)
+        capabilities.limit_to(capabilities.ALL)
 
 
 def receive(orders: socket.socket) -> Order:
@@ -113,7 +125,7 @@ def receive(orders: socket.socket) -> Order:
     words, fds, _, _ = socket.recv_fds(orders, 16, MOST_DESCRIPTORS)
     if not words:
         os._exit(SET_UP_FAILED)
-    keep_only(fds)
+    keep_only((orders.fileno(), *fds))
     for fd in fds:
         os.set_inheritable(fd, False)  # what comes by a socket goes through exec, if nobody forbids it
     return Order.received(fds)
@@ -123,8 +135,8 @@ def read_spec(order: Order) -> tuple[Spec, list[int]]:
     """What the container shall be, and which streams go to its log, from the order's file."""
     os.lseek(order.spec, 0, os.SEEK_SET)
     with open(order.spec, "rb", closefd=False) as file:
-        found: tuple[Spec, list[int]] = pickle.load(file)
-    return found
+        request = pickle.load(file)
+    return request["spec"], request["logged"]
 
 
 def build(like: Spec, rootfs: int, writable: int) -> None:
@@ -169,9 +181,13 @@ def furnish(spec: Spec, volumes: Iterable[int]) -> None:
 
 
 def start_program(
-    process: Process, stdio: tuple[int, int, int], channel: int, logged: Iterable[int] = ()
+    process: Process,
+    stdio: tuple[int, int, int],
+    channel: int,
+    go: int | None = None,
+    logged: Iterable[int] = (),
 ) -> NoReturn:
-    """Lock the doors for this process and everything it starts, then become the program."""
+    """Lock the doors for this process and everything it starts, wait for a word from `go`, become the program."""
     try:
         os.setsid()
         if process.tty:
@@ -197,6 +213,8 @@ def start_program(
         for number in IGNORED:
             syscalls.default_signal(number)  # what is ignored stays ignored over exec
         syscalls.block_signals(0)
+        if go is not None and not os.read(go, 16):  # the launcher is gone, or could not do its part
+            os._exit(SET_UP_FAILED)
         os.write(channel, b"ready")
         if process.seccomp is not None and process.no_new_privs:
             seccomp.install(process.seccomp)

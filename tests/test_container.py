@@ -56,6 +56,14 @@ def sleeping(**options: Any) -> Container:
     return Container("python", ["sleep", "60"], **options)
 
 
+def wait_for_spare() -> None:
+    """Until an empty container waits for the next one."""
+    end = time.monotonic() + 20
+    while not (state.spare(children.launcher().process.pid) / "group").exists():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 # ---------------------------------------------------------------------- exit statuses
 
 
@@ -647,6 +655,22 @@ def test_two_containers_that_want_the_same_name_at_the_same_moment() -> None:
     assert state.records() == []
 
 
+def test_the_program_does_not_run_before_its_container_is_written_down(shared: Path) -> None:
+    """It is ready, and waits, while the launcher has to wait for others, and then finds that the name is taken."""
+    other = Container(
+        "python", ["sh", "-c", "echo > /v/ran"], name="twin", volumes=[f"{shared}:/v"], tty=True
+    )
+    with sleeping(name="twin"), ThreadPoolExecutor() as pool:
+        Container("python", ["true"]).run()
+        wait_for_spare()
+        with state.locked(state.containers()):
+            start = pool.submit(other.start)
+            time.sleep(0.5)
+        with pytest.raises(OSError, match="twin"):
+            start.result()
+    assert not (shared / "ran").exists()
+
+
 @pytest.mark.parametrize("name", ["-x", "a b", "a/b", "../x", "x" * 64, "ä", "a\n", "."])
 def test_names_that_cannot_be_meant(name: str) -> None:
     with pytest.raises(BadOption, match="--name"):
@@ -849,29 +873,25 @@ def test_a_filter_that_the_kernel_refuses_is_told_in_words(tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(rootless(), reason="only root may look at the launcher's descriptors")
-def test_a_start_that_fails_late_gives_back_the_relay_and_the_address(tmp_path: Path) -> None:
+def test_a_start_that_fails_late_gives_back_the_relay_and_the_address() -> None:
     launcher = children.launcher().process.pid
     own_address = """
 s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.connect(('192.0.2.1', 9))
 result = s.getsockname()[0]"""
 
     def fails() -> None:
-        (tmp_path / "volume").mkdir()
-        options: dict[str, Any] = {"network": "bridge", "publish": ["80"]}
-        container = Container("python", ["true"], volumes=[f"{tmp_path}/volume:/v"], **options)
-        (tmp_path / "volume").rmdir()
-        with pytest.raises(FileNotFoundError):
+        """By its own first process, which ends while the launcher lays the cable to it."""
+        container = Container("python", ["true"], network="bridge", publish=["80"], workdir="/etc/hostname")
+        with pytest.raises(ContainerError, match="--workdir"):
             container.start()
-        time.sleep(0.1)  # it closes what came with the request when it has answered
+        Container("python", ["true"]).run()
+        wait_for_spare()  # which has descriptors, too
 
     def descriptors() -> int:
         return len(os.listdir(f"/proc/{launcher}/fd"))
 
     address = inside(own_address, network="bridge")
-    end = time.monotonic() + 20
-    while not (state.spare(launcher) / "group").exists():
-        assert time.monotonic() < end
-        time.sleep(0.01)  # the first failure takes it, and then no other is made
+    wait_for_spare()
     fails()
     before = descriptors()
     fails()
