@@ -6,6 +6,7 @@ nbval collects the cells, cleans up their outputs and compares them. Three thing
   way knows nothing of outputs that are updated or cleared, or of what an Output widget captures, and it
   waits for its whole timeout when the kernel has died.
 - A notebook that cannot run on this machine is skipped, in the doctor's words. Its metadata says its needs.
+- Side by side with others (pytest-xdist) each notebook has a home of its own.
 - When a notebook's kernel has ended, processes, mounts, cgroups, interfaces, rules and directories are those of before.
 """
 
@@ -25,7 +26,7 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 from nbval.plugin import coalesce_streams
 from notebook_tools import client, kernel, lacking_for, missing, surroundings
 
-from tests.helpers import assert_nothing_left, snapshot
+from tests.helpers import assert_nothing_left, own_home, snapshot
 
 os.environ.update(surroundings())
 # A shell lets its background jobs ignore Ctrl-C, and so all that they start; some tests are about Ctrl-C.
@@ -45,6 +46,9 @@ class Notebook(nbval.plugin.IPyNbFile):  # type: ignore[misc]
     def setup(self) -> None:
         """Start the kernel, or skip the whole notebook."""
         self.held = ExitStack()
+        if "PYTEST_XDIST_WORKER" in os.environ:  # another notebook may run beside this one
+            places = self.config._tmp_path_factory
+            self.held.enter_context(own_home(places, descriptors=False))
         if lacking := missing(self.nb):
             pytest.skip("; ".join(lacking))
         # A copy of the whole notebook: an output can be updated by a later cell.
