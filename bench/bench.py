@@ -514,6 +514,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.rounds < 1:
         parser.error(f"--rounds {options.rounds}: give a number from 1 on")
+    # As on a reader's machine, Python keeps what it has compiled. A launcher that compiles for itself has a seventh
+    # more memory, and each container's processes begin as copies of it.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     rows: list[Row] = []
     for name, measure in BENCHMARKS.items():
         if not options.only or name in options.only:
