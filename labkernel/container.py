@@ -497,7 +497,12 @@ def _checked_command(command: Sequence[str]) -> tuple[str, ...]:
     words = () if isinstance(command, str | bytes) else tuple(command)
     if not words or not words[0] or not all(isinstance(word, str) and "\0" not in word for word in words):
         raise BadOption(f"command {command!r}: give the program and its arguments as a list of texts")
-    return words
+    return tuple(map(_plain, words))
+
+
+def _plain(text: str) -> str:
+    """The text alone, of whatever class it is: containers' first processes know no other than str."""
+    return str.__str__(text)
 
 
 def _checked_environment(env: Mapping[str, str]) -> dict[str, str]:
@@ -507,7 +512,7 @@ def _checked_environment(env: Mapping[str, str]) -> dict[str, str]:
             raise BadOption(
                 f"--env {name!r}={value!r}: give texts; a name has no '=' in it, and neither has a zero byte"
             )
-    return dict(env)
+    return {_plain(name): _plain(value) for name, value in env.items()}
 
 
 def _checked_name(name: str) -> str:

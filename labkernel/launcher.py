@@ -82,6 +82,7 @@ class Launcher:
         self.poll = select.epoll()
         self.children: dict[int, Child] = {}  # by pidfd, and by the channel's descriptor
         self.detached = False
+        self.ending = False
         self.network_helper: Any = None
         self.spare: empty.Empty | None = None
         self.chores: list[Callable[[], None]] = []
@@ -94,12 +95,12 @@ class Launcher:
         self.poll.register(self.wakeup, select.EPOLLIN)
         signal.set_wakeup_fd(signal_end, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        signal.signal(signal.SIGTERM, self._told_to_end)
 
     def run(self) -> None:
         """Serve until the control socket closes and, if told to detach, the last container has ended."""
         try:
-            while self.control or (self.detached and self.children):
+            while not self.ending and (self.control or (self.detached and self.children)):
                 events = self.poll.poll(QUIET if self.chores and self.control else None)
                 if not events:
                     with contextlib.suppress(OSError):
@@ -115,6 +116,10 @@ class Launcher:
                 self._reap_adopted()
         finally:
             self._kill_everything()
+
+    def _told_to_end(self, *_: object) -> None:
+        """Not at once: what is half begun would be forgotten. The loop wakes up by the same signal."""
+        self.ending = True
 
     def _control_event(self, control: socket.socket) -> None:
         data, fds, _, _ = socket.recv_fds(control, 1 << 16, 64)
@@ -202,7 +207,7 @@ class Launcher:
 
         def child() -> NoReturn:
             os.setpgid(0, 0)
-            walls.keep_only(fds)
+            walls.keep_only(fds[1:])
             syscalls.block_signals(0)
             _run_function((stdin, stdout, stderr), result, _contents(function))
 
@@ -224,6 +229,7 @@ class Launcher:
         self.last = request
         directory = str(spec.directory)
         with contextlib.ExitStack() as undo, contextlib.ExitStack() as closing:
+            limits, listeners = self._limits(spec), _listeners(spec, closing)
             undo.callback(cleanup.remove_tree, directory)
             undo.callback(state.free_name, spec.name, spec.id)
             vessel = self._take_spare(spec)
@@ -233,8 +239,7 @@ class Launcher:
                 undo.callback(vessel.end)
                 # First of all: what it does with the order takes as long as what is left for us.
                 vessel.give(self._order(request, made_in, channel, fds, closing))
-            record, limits = self._record(request), self._limits(spec)
-            listeners = _listeners(spec, closing)
+            record = self._record(request)
             # Where no port of the host was named, the kernel has chosen one.
             record["publish"] = [one.text(listener.getsockname()[1]) for one, listener in listeners]
             if vessel:
@@ -402,7 +407,7 @@ class Launcher:
         if spare.group:
             spare.group.stats()
             spare.group.pids()
-        with contextlib.ExitStack() as closing, _holding_containers():
+        with contextlib.ExitStack() as closing:
             _listeners(replace(spec, publish=()), closing)
             json.dumps(self._record(request) | _running(spare, self._limits(spec)))
             str(spec.directory)

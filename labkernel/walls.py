@@ -16,8 +16,9 @@ import select
 import signal
 import socket
 import struct
+import sys
 from collections.abc import Iterable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from labkernel.linux import capabilities, mounts, network, seccomp, syscalls
 from labkernel.linux.namespaces import FLAGS
@@ -110,7 +111,7 @@ def rehearse(orders: socket.socket, like: Spec) -> None:
     """
     if select.select([orders], [], [], 0)[0]:
         return
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(Exception):
         process: Process = pickle.loads(pickle.dumps(like)).process
         for number in IGNORED:
             syscalls.default_signal(number)
@@ -122,20 +123,32 @@ def rehearse(orders: socket.socket, like: Spec) -> None:
 
 def receive(orders: socket.socket) -> Order:
     """Wait for the order; without a launcher there will be none."""
-    words, fds, _, _ = socket.recv_fds(orders, 16, MOST_DESCRIPTORS)
-    if not words:
-        os._exit(SET_UP_FAILED)
+    fds: list[int] = []
+    while not fds:  # what comes without is older: what was not read because something failed before
+        words, fds, _, _ = socket.recv_fds(orders, 16, MOST_DESCRIPTORS)
+        if not words:
+            os._exit(SET_UP_FAILED)
     keep_only((orders.fileno(), *fds))
     for fd in fds:
         os.set_inheritable(fd, False)  # what comes by a socket goes through exec, if nobody forbids it
     return Order.received(fds)
 
 
+class Plain(pickle.Unpickler):
+    """Imports nothing: a module would by now be looked for, and run, in the file system of the image."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What is imported already. Raises UnpicklingError for anything else."""
+        if module not in sys.modules:
+            raise pickle.UnpicklingError(f"{module}.{name} is not known in a container's first process")
+        return super().find_class(module, name)
+
+
 def read_spec(order: Order) -> tuple[Spec, list[int]]:
     """What the container shall be, and which streams go to its log, from the order's file."""
     os.lseek(order.spec, 0, os.SEEK_SET)
     with open(order.spec, "rb", closefd=False) as file:
-        request = pickle.load(file)
+        request = Plain(file).load()
     return request["spec"], request["logged"]
 
 
@@ -202,6 +215,8 @@ def start_program(
             hand_over(uid, gid, process.tty, logged)
         change_directory(process.workdir)
         if process.seccomp is not None and not process.no_new_privs:
+            wait_for(go)  # now: the filter may forbid to read
+            go = None
             seccomp.install(process.seccomp)  # takes CAP_SYS_ADMIN where no_new_privs is not set
         capabilities.limit_to(process.capabilities)
         if uid or gid or groups:
@@ -213,8 +228,7 @@ def start_program(
         for number in IGNORED:
             syscalls.default_signal(number)  # what is ignored stays ignored over exec
         syscalls.block_signals(0)
-        if go is not None and not os.read(go, 16):  # the launcher is gone, or could not do its part
-            os._exit(SET_UP_FAILED)
+        wait_for(go)
         os.write(channel, b"ready")
         if process.seccomp is not None and process.no_new_privs:
             seccomp.install(process.seccomp)
@@ -224,6 +238,12 @@ def start_program(
         execute(process)
     finally:  # an argument that execve cannot take
         os._exit(CANNOT_RUN)
+
+
+def wait_for(go: int | None) -> None:
+    """Wait for the launcher's word, if there is still one to wait for."""
+    if go is not None and not os.read(go, 16):  # it is gone, or could not do its part
+        os._exit(SET_UP_FAILED)
 
 
 def hand_over(uid: int, gid: int, own_terminal: bool, logged: Iterable[int]) -> None:

@@ -451,6 +451,14 @@ def test_a_hundred_children_at_once() -> None:
         assert list(pool.map(lambda n: in_child(lambda: n * n), range(100))) == [n * n for n in range(100)]
 
 
+def test_a_child_keeps_nothing_of_the_request() -> None:
+    def files_in_memory() -> int:
+        with os.scandir("/proc/self/fd") as entries:
+            return sum("memfd" in os.readlink(entry.path) for entry in entries)
+
+    assert in_child(files_in_memory) == 1  # the function
+
+
 def test_children_cost_no_descriptors() -> None:
     launcher = children.launcher().process.pid
 
@@ -528,13 +536,15 @@ def test_when_the_launcher_dies_between_two_calls() -> None:
 
 
 def test_when_the_launcher_is_killed_by_sigterm_it_tidies_up() -> None:
-    container = Container("python", ["sleep", "60"]).start()
-    before = children.launcher().process
-    before.terminate()
-    before.wait(20)
-    assert container.pid
-    assert gone(container.pid)
-    assert list((Path(os.environ["LABKERNEL_HOME"]) / "containers").iterdir()) == []
+    for _ in range(5):  # it may be amid what follows the word that the container has started
+        container = Container("python", ["sleep", "60"]).start()
+        before = children.launcher().process
+        before.terminate()
+        before.wait(20)
+        assert container.pid
+        assert gone(container.pid)
+        assert list((Path(os.environ["LABKERNEL_HOME"]) / "containers").iterdir()) == []
+        assert container.wait() == 128 + signal.SIGKILL
     assert in_child(lambda: 1) == 1
 
 

@@ -9,10 +9,11 @@ import os
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -56,11 +57,20 @@ def sleeping(**options: Any) -> Container:
     return Container("python", ["sleep", "60"], **options)
 
 
+class Text(str):
+    """Known to this module only."""
+
+
 def wait_for_spare() -> None:
-    """Until an empty container waits for the next one."""
+    """Until an empty container waits for the next one: its group's name is written down, and then its pid."""
+    file = state.spare(children.launcher().process.pid) / "group"
+    wait_until(lambda: file.exists() and len(file.read_text().split()) == 2)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + 20
-    while not (state.spare(children.launcher().process.pid) / "group").exists():
-        assert time.monotonic() < end
+    while not condition():
+        assert time.monotonic() < end, "not within 20 s"
         time.sleep(0.01)
 
 
@@ -657,18 +667,44 @@ def test_two_containers_that_want_the_same_name_at_the_same_moment() -> None:
 
 def test_the_program_does_not_run_before_its_container_is_written_down(shared: Path) -> None:
     """It is ready, and waits, while the launcher has to wait for others, and then finds that the name is taken."""
-    other = Container(
-        "python", ["sh", "-c", "echo > /v/ran"], name="twin", volumes=[f"{shared}:/v"], tty=True
-    )
+    options: dict[str, Any] = {"volumes": [f"{shared}:/v"], "workdir": "/v/made", "tty": True}
+    other = Container("python", ["sh", "-c", "echo > /v/ran"], name="twin", **options)
     with sleeping(name="twin"), ThreadPoolExecutor() as pool:
         Container("python", ["true"]).run()
         wait_for_spare()
         with state.locked(state.containers()):
             start = pool.submit(other.start)
-            time.sleep(0.5)
+            wait_until((shared / "made").exists)
+            time.sleep(0.3)
         with pytest.raises(OSError, match="twin"):
             start.result()
     assert not (shared / "ran").exists()
+
+
+def test_a_port_that_is_taken_is_found_before_anything_is_done(shared: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        options: dict[str, Any] = {
+            "volumes": [f"{shared}:/v"],
+            "workdir": "/v/made",
+            "publish": [f"{port}:80"],
+        }
+        Container("python", ["true"]).run()
+        wait_for_spare()
+        with pytest.raises(OSError, match=str(port)):
+            Container("python", ["true"], **options).start()
+        assert not (shared / "made").exists()
+        wait_for_spare()  # the empty one still waits
+
+
+def test_texts_of_another_class_are_taken_as_texts() -> None:
+    Container("python", ["true"]).run()
+    wait_for_spare()  # whose processes have no module that was imported later, and the image may have one of its name
+    ended = Container("python", [Text("sh"), Text("-c"), Text("echo $A")], env={Text("A"): Text("b")}).run()
+    assert ended.stdout == b"b\n"
+    wait_for_spare()
+    with pytest.raises(ContainerError, match="Text is not known"):
+        Container("python", ["true"], workdir=Text("/")).run()
 
 
 @pytest.mark.parametrize("name", ["-x", "a b", "a/b", "../x", "x" * 64, "ä", "a\n", "."])
@@ -870,6 +906,19 @@ def test_a_filter_that_the_kernel_refuses_is_told_in_words(tmp_path: Path) -> No
             Container("python", ["true"], seccomp=str(profile)).run(timeout=30)
         assert caught.value.errno == errno.EINVAL
     assert_nothing_left(before, within=5)
+
+
+@pytest.mark.parametrize("action", ["SCMP_ACT_ERRNO", "SCMP_ACT_KILL_PROCESS"])
+def test_a_filter_that_forbids_to_read_forbids_it_to_the_program_only(tmp_path: Path, action: str) -> None:
+    """Without no_new_privs it is there before the capabilities are given up, long before the program."""
+    profile = tmp_path / "no-read.json"
+    rules = [{"names": ["read"], "action": action}]
+    profile.write_text(json.dumps({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": rules}))
+    for no_new_privs in (True, False):
+        ended = Container(
+            "python", ["cat", "/etc/hostname"], seccomp=str(profile), no_new_privs=no_new_privs
+        ).run()
+        assert ended.returncode == (127 if action == "SCMP_ACT_ERRNO" else 128 + signal.SIGSYS)
 
 
 @pytest.mark.skipif(rootless(), reason="only root may look at the launcher's descriptors")

@@ -21,6 +21,8 @@ from typing import Any
 
 import pytest
 
+from labkernel import walls
+from labkernel.children import ChildFailed, in_child
 from labkernel.container import Container
 from labkernel.linux import capabilities, mounts, seccomp, syscalls
 from tests.helpers import facts, inside, logged, needs_ids, own_home, rootless
@@ -709,3 +711,29 @@ path = '/proc/sys/net/ipv4/ip_forward'
 now = open(path).read()
 result = attempt(lambda: os.write(os.open(path, os.O_WRONLY), now.encode()))"""
     assert inside(program, network="host", masked_paths=False, **EVERYTHING_ALLOWED) in REFUSED
+
+
+# ---------------------------------------------------------------------- an empty container
+
+
+def test_what_cannot_be_rehearsed_does_no_harm() -> None:
+    like = Container("python", ["true"], user="\u00b2").spec  # a digit, and no number
+
+    def work() -> None:
+        _, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        walls.rehearse(theirs, like)
+
+    in_child(work)
+
+
+def test_what_was_not_read_before_is_not_taken_for_the_order() -> None:
+    def work() -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.send(b"mapped")
+        socket.send_fds(ours, [b"order"], [0, 1, 2, 0, 1, 2])
+        order = walls.receive(theirs)  # and closes everything else, our way to send a value back, too
+        os._exit(10 + len(order.volumes))
+
+    with pytest.raises(ChildFailed) as caught:
+        in_child(work)
+    assert caught.value.status == 11
