@@ -47,19 +47,19 @@ test: setup ## every test, and every notebook against its stored outputs
 	@.venv/bin/python scripts/system_packages.py test
 	@mkdir -p build
 	@together=0; alone=0; \
-	.venv/bin/python -m pytest $(TOGETHER) --nbval --numprocesses 2 --dist loadfile --no-loadscope-reorder \
+	.venv/bin/python -m pytest $(TOGETHER) --nbval --numprocesses 3 --dist loadfile --no-loadscope-reorder \
 	    --junitxml build/test-together.xml $(ARGS) || together=$$?; \
 	.venv/bin/python -m pytest $(ALONE) --nbval --junitxml build/test.xml $(ARGS) || alone=$$?; \
 	scripts/verdict $$together $$alone
 # These measure, or look at processors that nobody else uses; some want a short path to their directory, or one that
 # another user may enter. All others share the processors.
 ALONE = $(wildcard $(patsubst %,tests/test_%.py,bench box cgroups children cleanup container dashboard doctor \
-    first_container monitor notebook pack relay rootless spec unpack vagrant) \
+    first_container monitor notebook pack relay spec unpack vagrant) \
     $(patsubst %,notebooks/%-*.ipynb,15 16 17 23))
 TOGETHER = $(filter-out $(ALONE),$(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/test_*.py notebooks/*.ipynb)))
 # First, so that at the end no processor waits for the other.
-LONGEST = $(wildcard $(patsubst %,tests/test_%.py,exercises recipes killed_notebooks cli notebooks run_notebooks) \
-    notebooks/20-*.ipynb)
+LONGEST = $(wildcard $(patsubst %,tests/test_%.py,exercises recipes killed_notebooks rootless cli notebooks \
+    run_notebooks) notebooks/20-*.ipynb)
 
 test-vm: setup ## the tests that want cgroup v2 and systemd, in a virtual machine made for it
 	@vm/test-vm $(ARGS)

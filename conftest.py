@@ -6,7 +6,7 @@ nbval collects the cells, cleans up their outputs and compares them. Three thing
   way knows nothing of outputs that are updated or cleared, or of what an Output widget captures, and it
   waits for its whole timeout when the kernel has died.
 - A notebook that cannot run on this machine is skipped, in the doctor's words. Its metadata says its needs.
-- Side by side with others (pytest-xdist) each notebook has a home of its own.
+- Side by side with others (pytest-xdist) each notebook has a home of its own, where no recipe has been built before.
 - When a notebook's kernel has ended, processes, mounts, cgroups, interfaces, rules and directories are those of before.
 """
 
@@ -46,7 +46,7 @@ class Notebook(nbval.plugin.IPyNbFile):  # type: ignore[misc]
     def setup(self) -> None:
         """Start the kernel, or skip the whole notebook."""
         self.held = ExitStack()
-        if "PYTEST_XDIST_WORKER" in os.environ:  # another notebook may run beside this one
+        if hasattr(self.config, "workerinput"):  # pytest-xdist's: another notebook may run beside this one
             places = self.config._tmp_path_factory
             self.held.enter_context(own_home(places, descriptors=False))
         if lacking := missing(self.nb):

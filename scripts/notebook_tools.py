@@ -114,8 +114,9 @@ def client(notebook: NotebookNode, path: Path, timeout: float | None) -> Noteboo
 def kernel(runner: NotebookClient) -> Iterator[None]:
     """Start a kernel for the runner; shut it down in an orderly way at the end, so that it can clean up."""
     # The kernel repeats on its own stdout and stderr what its children write; the cell has it already.
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
     with (
-        (PRIVATE / "kernel.log").open("w") as log,
+        (PRIVATE / f"kernel{worker}.log").open("w") as log,
         runner.setup_kernel(env=surroundings(), stdout=log, stderr=log),
     ):
         yield
