@@ -18,6 +18,8 @@ PYTHONS := .venv/bin/python python3 python3.14 python3.13 python3.12 python3.11
 PYTHON ?= $(shell for p in $(PYTHONS); do "$$p" $(ENOUGH) 2>/dev/null && echo "$$p" && break; done)
 PORT ?= 8888
 export WHEELS
+# What Python has compiled is kept, in .venv and beside our sources: else each start of a kernel takes two seconds more.
+unexport PYTHONDONTWRITEBYTECODE
 
 SHELL_SCRIPTS = $(shell git ls-files -co --exclude-standard | xargs awk 'FNR == 1 && /^\#!.*[\/ ](ba)?sh( |$$)/ { print FILENAME } { nextfile }' 2>/dev/null)
 
