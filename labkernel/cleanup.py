@@ -80,7 +80,33 @@ def remove_groups_of_ended_children(parent: cgroups.CgroupParent | None) -> list
         child = int(name.removeprefix(CHILD_GROUPS).partition("-")[0])
         if not _session_of(child):  # it has ended, though nobody may have reaped it
             removed += remove_groups_of_child(child, parent)
+    for path in _groups_in_other_places():
+        child = int(path.name.removeprefix(CHILD_GROUPS).partition("-")[0])
+        if not _session_of(child):
+            removed += _remove_group_by_path(path)
     return removed
+
+
+def _groups_in_other_places() -> list[Path]:
+    """Those that somebody else's runtime has made for a child: by its own rules, in trees that we do not use, too."""
+    paths = cgroups.own_paths()
+    places: set[Path] = set()
+    for mounted in cgroups.mounts():
+        places.add(Path(mounted.point))
+        for name in mounted.controllers or {""}:
+            if name in paths:
+                places.add(cgroups.below_mount(mounted, paths[name]))
+    return sorted(path for place in places for path in place.glob(f"{CHILD_GROUPS}*"))
+
+
+def _remove_group_by_path(path: Path) -> list[str]:
+    for directory, _, _ in os.walk(path, topdown=False):
+        for pid in cgroups.read(f"{directory}/cgroup.procs").split():
+            with contextlib.suppress(ProcessLookupError):
+                if int(pid):  # 0 is one whom our pid namespace does not show
+                    os.kill(int(pid), signal.SIGKILL)
+        cgroups.remove_directory(Path(directory), timeout=5)
+    return [f"group {path.name}"]
 
 
 def remove_groups_of_child(pid: int, parent: cgroups.CgroupParent | None) -> list[str]:

@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -25,7 +26,7 @@ from labkernel.image.unpack import UnsafeArchive
 from labkernel.linux import capabilities, cgroups, mounts, seccomp
 from labkernel.linux.users import IdMap
 from labkernel.spec import BadOption, Spec
-from tests.helpers import descendants, own_home
+from tests.helpers import assert_nothing_left, descendants, launcher_of, own_home, snapshot
 from tests.ordinary_user import needs_root
 from tests.others import cli, run, runtime
 from tests.test_oci import tar
@@ -288,6 +289,40 @@ def test_limits_hold_under_a_runtime(busybox: store.Image, place: Path, name: st
         assert limits_of(pid) == {"memory": str(64 << 20), "pids": "7", "cpu": "50000"}
     finally:
         run(*call, "delete", "--force", identity)
+
+
+@needs_root
+@pytest.mark.parametrize("name", ["runc", "crun"])
+@pytest.mark.parametrize("who", ["the caller", "its launcher"])
+def test_a_runtime_that_is_killed_in_a_notebook_leaves_no_groups(
+    busybox: store.Image, place: Path, name: str, who: str
+) -> None:
+    """Each makes its groups by its own rules, in trees that the lab does not use, too."""
+    runtime(name)
+    spec = Container("busybox", ["sleep", "1000"]).spec
+    bundle.make(place / "b", spec, busybox.tarball)
+    program = (
+        "from pathlib import Path; from labkernel.lab import runtimes\n"
+        f"runtimes.run_bundle({name!r}, Path('{place}/b'))"
+    )
+    before = snapshot(descriptors=False)
+    caller = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 30
+    while not [
+        path for path in snapshot(descriptors=False).since(before).get("cgroups", []) if "bundle" in path
+    ]:
+        assert time.monotonic() < end and caller.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.2)
+    launcher = launcher_of(caller.pid)
+    assert launcher
+    os.kill(caller.pid if who == "the caller" else launcher, signal.SIGKILL)
+    caller.wait(30)
+    if who == "its launcher":
+        children.close_launcher()
+        children.launcher()  # which begins with what others have left
+        children.close_launcher()
+    assert_nothing_left(before)
 
 
 def test_crun_takes_the_time_namespace(busybox: store.Image, place: Path) -> None:

@@ -13,6 +13,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from labkernel import cleanup
 from labkernel.children import in_child
 from labkernel.lab.scratch import scratch
 from labkernel.linux import cgroups, mounts, syscalls
@@ -32,8 +33,7 @@ class Answer:
 
 def run_bundle(name: str, bundle: Path) -> Answer:
     """Run a bundle under runc or crun."""
-    words = ("--root", "/mnt/state", "run", "--bundle", "/mnt/bundle", "labkernel-bundle")
-    return _tried(name, *words, bundle=bundle)
+    return _tried(name, "--root", "/mnt/state", "run", "--bundle", "/mnt/bundle", bundle=bundle)
 
 
 def run_image(layout: Path, tag: str) -> Answer:
@@ -69,6 +69,10 @@ def _run(command: list[str], directories: dict[str, Path]) -> subprocess.Complet
     if os.path.ismount(UNIFIED) and any(one.version == 1 for one in cgroups.mounts()):
         syscalls.umount2(UNIFIED, syscalls.MNT_DETACH)  # crun refuses a machine with both versions
     mounts.tmpfs("/mnt")
+    if (
+        "bundle" in directories
+    ):  # a name by which its control groups are found, should it not come to remove them
+        command = [*command, cleanup.groups_of_child(os.getpgrp()) + "bundle"]
     for name, directory in directories.items():
         Path("/mnt", name).mkdir()
         mounts.bind(directory, f"/mnt/{name}")
