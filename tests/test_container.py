@@ -349,8 +349,9 @@ def until(condition):
         time.sleep(0.01)
 
 def ready():
-    with contextlib.suppress(FileNotFoundError):
-        return len((state.spare(children.launcher().process.pid) / 'group').read_text().split()) == 2
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        group, init = (state.spare(children.launcher().process.pid) / 'group').read_text().split()
+        return Path(f'/proc/{init}/task/{init}/children').read_text()
 
 read, write = os.pipe()
 container = Container('python', ['cat']).start(stdin=read)
