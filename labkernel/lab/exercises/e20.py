@@ -197,12 +197,13 @@ def _contents(root: Path) -> dict[str, bytes]:
 
 
 def _load(root: Path) -> list[str]:
-    """Fill the root with files, of which the tests need a few; returns these."""
+    """Fill the root with files, of which the tests need a few; returns these: the heaviest and the lightest, too."""
     names = [f"/data/{secrets.token_hex(4)}" for _ in range(12)]
     (root / "data").mkdir()
     for name in names:
         (root / name[1:]).write_text(secrets.token_hex(random.randrange(50_000, 90_000)))
-    return random.sample(names, 3)
+    lightest, *others, heaviest = sorted(names, key=lambda name: (root / name[1:]).stat().st_size)
+    return random.sample([lightest, random.choice(others), heaviest], 3)
 
 
 def _tests(root: Path, needed: Sequence[str]) -> list[list[str]]:
