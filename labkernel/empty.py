@@ -13,11 +13,15 @@ import select
 import socket
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NoReturn
 
 from labkernel import state, walls
 from labkernel.linux import cgroups, mounts, namespaces, syscalls, users
 from labkernel.processes import end_now, fork
 from labkernel.spec import Order, Spec
+
+UMASK = 0o022
+"""Of a container's processes, as Docker has it, and not the caller's: 077 would close the container to its users."""
 
 
 @dataclass
@@ -106,7 +110,12 @@ def make(
         undo.callback(ours.close)
         closing.callback(theirs.close)
         flags = namespaces.flags(like.namespaces - {"cgroup"})
-        pid, pidfd = fork(lambda: walls.put_up(theirs, doors, like, rootfs, writable), flags, into)
+
+        def first() -> NoReturn:
+            os.umask(UMASK)
+            walls.put_up(theirs, doors, like, rootfs, writable)
+
+        pid, pidfd = fork(first, flags, into)
         undo.callback(os.close, pidfd)
         undo.callback(end_now, pid, pidfd)
         if "user" in like.namespaces:
@@ -120,11 +129,14 @@ def make(
 
 def lay_out(directory: str, owner: int) -> None:
     """Make the writable layer, with the files that will say the container's name."""
+    os.chmod(directory, 0o755)  # whatever our caller's umask is
     for name in ("upper", "work", "upper/etc"):
         os.mkdir(f"{directory}/{name}")
+        os.chmod(f"{directory}/{name}", 0o755)
         os.chown(f"{directory}/{name}", owner, owner)
     for name in ("hostname", "hosts"):
         fd = os.open(f"{directory}/upper/etc/{name}", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        os.fchmod(fd, 0o644)
         os.fchown(fd, owner, owner)
         os.close(fd)
 

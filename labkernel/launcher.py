@@ -297,6 +297,7 @@ class Launcher:
                 go_read, 1
             ):  # the launcher is gone, and whoever asked is told so by the channel's end
                 os._exit(walls.SET_UP_FAILED)
+            os.umask(empty.UMASK)
             _enter_and_run(record, process, channel, (stdin, stdout, stderr))
 
         try:

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from labkernel import walls
+from labkernel import children, walls
 from labkernel.children import ChildFailed, in_child
 from labkernel.container import Container
 from labkernel.linux import capabilities, mounts, seccomp, syscalls
@@ -403,6 +403,22 @@ result = [status['SigBlk'].strip(), status['ShdPnd'].strip(), os.nice(0), os.uma
 """
     nice = os.nice(0)  # these tests may be run with less urgency than others
     assert inside(program) == ["0" * 16, "0" * 16, nice, 0o022, "/", True]
+
+
+def test_the_starters_umask_is_not_the_containers() -> None:
+    children.close_launcher()
+    before = os.umask(0o077)
+    try:
+        with Container("python", ["sleep", "60"], user="1000", workdir="/tmp/a/b") as container:
+            said = container.exec(["sh", "-c", "umask; cat /etc/hostname; ls -ld / /etc /tmp/a/b"]).stdout
+            ended = Container("python", ["sh", "-c", "umask"], user="1000").run()
+    finally:
+        os.umask(before)
+        children.close_launcher()
+    umask, hostname, *directories = said.decode().splitlines()
+    assert (umask, hostname) == ("0022", container.spec.hostname)
+    assert [line.split()[0] for line in directories] == ["drwxr-xr-x"] * 3
+    assert ended.stdout == b"0022\n"
 
 
 STARTER = """
