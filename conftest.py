@@ -1,6 +1,6 @@
 """How pytest runs the notebooks (`pytest --nbval notebooks`), and what it says of skipped tests.
 
-nbval collects the cells, cleans up their outputs and compares them. Three things are done differently here:
+nbval collects the cells, cleans up their outputs and compares them. Four things are done differently here:
 
 - nbclient executes the cells, as it did when the outputs were stored (scripts/notebook_tools.py). nbval's own
   way knows nothing of outputs that are updated or cleared, or of what an Output widget captures, and it

@@ -406,6 +406,7 @@ result = [status['SigBlk'].strip(), status['ShdPnd'].strip(), os.nice(0), os.uma
 
 
 def test_the_starters_umask_is_not_the_containers() -> None:
+    needs_ids()
     children.close_launcher()
     before = os.umask(0o077)
     try:
