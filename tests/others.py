@@ -18,10 +18,10 @@ PATIENCE = 180.0
 
 
 def run(*command: str | Path, **settings: Any) -> str:
-    """What a program prints, which must not fail."""
+    """What a program prints, which must not fail. It reads from an empty pipe: crun gives its streams away."""
     words = list(map(str, command))
     done: subprocess.CompletedProcess[str] = subprocess.run(
-        words, capture_output=True, text=True, timeout=PATIENCE, **settings
+        words, input="", capture_output=True, text=True, timeout=PATIENCE, **settings
     )
     assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
     return done.stdout

@@ -23,6 +23,7 @@ import pytest
 from labkernel import Container, bundle, children, images
 from labkernel.image import exchange, recipes, store
 from labkernel.image.unpack import UnsafeArchive
+from labkernel.lab import runtimes
 from labkernel.linux import capabilities, cgroups, mounts, seccomp
 from labkernel.linux.users import IdMap
 from labkernel.spec import BadOption, Spec
@@ -279,16 +280,26 @@ def test_limits_hold_under_a_runtime(busybox: store.Image, place: Path, name: st
     bundle.make(place / "b", spec, busybox.tarball)
     identity = f"lk-{name}-limits"
     # Its output is not ours to read: it would not end before the container does.
-    nothing = subprocess.DEVNULL
-    subprocess.run(
-        [*call, "run", "--detach", "--bundle", str(place / "b"), identity],
-        stdin=nothing, stdout=nothing, stderr=nothing, check=True, timeout=60,
-    )  # fmt: skip
+    with (place / "output").open("w") as output:
+        command = [*call, "run", "--detach", "--bundle", str(place / "b"), identity]
+        subprocess.run(command, input=b"", stdout=output, stderr=output, check=True, timeout=60)
     try:
         pid = json.loads(run(*call, "state", identity))["pid"]
         assert limits_of(pid) == {"memory": str(64 << 20), "pids": "7", "cpu": "50000"}
     finally:
         run(*call, "delete", "--force", identity)
+
+
+@needs_root
+@pytest.mark.parametrize("name", ["runc", "crun"])
+def test_a_runtime_is_given_no_device_of_the_machines(busybox: store.Image, place: Path, name: str) -> None:
+    """crun makes the container's root the owner of its streams, and /dev/null is everybody's."""
+    runtime(name)
+    bundle.make(place / "b", Container("busybox", ["echo", "ran"]).spec, busybox.tarball)
+    before = os.stat("/dev/null")
+    assert runtimes.run_bundle(name, place / "b").printed == "ran\n"
+    after = os.stat("/dev/null")
+    assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
 
 
 @needs_root

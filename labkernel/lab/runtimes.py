@@ -76,4 +76,5 @@ def _run(command: list[str], directories: dict[str, Path]) -> subprocess.Complet
     for name, directory in directories.items():
         Path("/mnt", name).mkdir()
         mounts.bind(directory, f"/mnt/{name}")
-    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE)
+    # An empty pipe, and not /dev/null: crun gives its streams to the container's root, and that is the machine's own.
+    return subprocess.run(command, input="", capture_output=True, text=True, timeout=PATIENCE)
