@@ -139,7 +139,8 @@ class Channel:
         """The next message and the descriptors that came with it."""
         self.socket.settimeout(timeout)
         try:
-            data, fds, _, _ = socket.recv_fds(self.socket, 1 << 18, 4)
+            size = self.socket.recv_into(bytearray(1), 0, socket.MSG_PEEK | socket.MSG_TRUNC)
+            data, fds, _, _ = socket.recv_fds(self.socket, size, 4)
         except ConnectionResetError:
             data, fds = b"", []
         if not data:

@@ -17,6 +17,7 @@ import time
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from types import TracebackType
 from typing import Any, Self
 
@@ -110,8 +111,9 @@ class Container:
             "device_read_bps": device_read_bps, "device_write_bps": device_write_bps,
         }  # fmt: skip
         asked: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-        defaults = _defaults(asked)
-        limits = spec.make_limits(**(defaults | asked))
+        defaults = {key: value for key, value in _defaults().items() if key not in asked}
+        ours = _default_limits(frozenset(defaults))
+        limits = spec.make_limits(**(defaults | asked)) if asked else ours
         identity = secrets.token_hex(6)
         self.name = _checked_name(name) if name else identity
         command = _checked_command(command)
@@ -141,6 +143,7 @@ class Container:
             capabilities=_capabilities(cap_drop, cap_add),
             seccomp=_program(seccomp, _capabilities(cap_drop, cap_add)),
             no_new_privs=no_new_privs,
+            init_too=seccomp in ("default", "unconfined"),
             rlimits=((resource.RLIMIT_NOFILE, NOFILE), (resource.RLIMIT_CORE, 0)),
         )
         self.spec = Spec(
@@ -150,7 +153,7 @@ class Container:
             process=process,
             hostname=_checked_hostname(hostname or identity),
             limits=limits,
-            limits_required=frozenset(limits.given()) - set(spec.make_limits(**defaults).given()),
+            limits_required=frozenset(limits.given()) - set(ours.given()) if asked else frozenset(),
             read_only=read_only,
             volumes=tuple(Volume.parse(text) for text in volumes),
             network=network,
@@ -474,14 +477,17 @@ def _read_all(fds: list[int], end: float | None) -> list[bytes]:
     return [bytes(found[fd]) for fd in fds]
 
 
-def _defaults(asked: Mapping[str, object]) -> dict[str, Any]:
+@cache
+def _defaults() -> dict[str, Any]:
     """Our default limits, as far as this machine is large enough for them."""
     small = spec.machine_memory() < spec.parse_size(str(DEFAULT_LIMITS["memory"]), "--memory")
-    return {
-        key: value
-        for key, value in DEFAULT_LIMITS.items()
-        if key not in asked and not (small and key == "memory")
-    }
+    return {key: value for key, value in DEFAULT_LIMITS.items() if not (small and key == "memory")}
+
+
+@cache
+def _default_limits(options: frozenset[str]) -> Limits:
+    """What our defaults for these options come to."""
+    return spec.make_limits(**{key: value for key, value in _defaults().items() if key in options})
 
 
 def _opened(fd: int, flags: int, closing: contextlib.ExitStack) -> int:

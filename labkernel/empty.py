@@ -1,5 +1,5 @@
-"""Containers that are still empty: a directory, a control group, new namespaces with a root built in them, and two
-processes that wait for their order.
+"""Containers that are still empty: a directory, a control group, new namespaces with a root built in them, and a
+process that waits for its order.
 
 Making them takes most of a container's start, and is the same for all that stand on the same ground. So the launcher
 makes one in advance while it has nothing else to do, for the next container that is like the last.
@@ -11,7 +11,7 @@ import contextlib
 import os
 import select
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NoReturn
 
@@ -41,11 +41,19 @@ class Empty:
     group: cgroups.Cgroup | None
     name: str
     """What its group is called, or would be."""
+    limits: cgroups.Limits = field(default_factory=cgroups.Limits)
+    """Those that its group has."""
 
     @cached_property
     def built(self) -> bytes:
         """What it says when it has built its root: b"built" or b"failed"; nothing if it was killed before that."""
         return self.orders.recv(16)
+
+    def limit(self, limits: cgroups.Limits) -> None:
+        """Set the limits of its group, where it has others."""
+        if self.group and limits != self.limits:
+            self.group.set(limits)
+            self.limits = limits
 
     def fits(self, spec: Spec) -> bool:
         """Whether it can become this container, and still waits: somebody may have killed it."""
@@ -124,7 +132,7 @@ def make(
         mount_namespace = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
         ours.send(b"mapped")
         undo.pop_all()
-    return Empty(like, image, pid, pidfd, init, ours, mount_namespace, group, name)
+    return Empty(like, image, pid, pidfd, init, ours, mount_namespace, group, name, limits)
 
 
 def lay_out(directory: str, owner: int) -> None:

@@ -122,7 +122,7 @@ class Launcher:
         self.ending = True
 
     def _control_event(self, control: socket.socket) -> None:
-        data, fds, _, _ = socket.recv_fds(control, 1 << 16, 64)
+        data, fds, _, _ = socket.recv_fds(control, 16, 64)
         if not data:
             self.poll.unregister(control)
             control.close()
@@ -232,7 +232,7 @@ class Launcher:
             limits, listeners = self._limits(spec), _listeners(spec, closing)
             undo.callback(cleanup.remove_tree, directory)
             undo.callback(state.free_name, spec.name, spec.id)
-            vessel = self._take_spare(spec)
+            vessel = self._take_spare(spec, limits)
             if vessel:
                 made_in = str(state.spare(os.getpid()))
                 undo.callback(cleanup.remove_tree, made_in)
@@ -243,8 +243,7 @@ class Launcher:
             # Where no port of the host was named, the kernel has chosen one.
             record["publish"] = [one.text(listener.getsockname()[1]) for one, listener in listeners]
             if vessel:
-                if vessel.group:
-                    vessel.group.set(limits)
+                vessel.limit(limits)
                 record |= _running(vessel, limits)
                 with _explained_home(), _holding_containers():
                     state.take_name(spec.name, spec.id)
@@ -367,10 +366,12 @@ class Launcher:
         with _explained_home():
             return empty.make(like, directory, self._id_maps(like), self.parent, name, limits)
 
-    def _take_spare(self, spec: Spec) -> empty.Empty | None:
+    def _take_spare(self, spec: Spec, limits: cgroups.Limits) -> empty.Empty | None:
         """The empty container that was made in advance, where this one is like the last."""
         spare = self.spare
         if spare is None or spec.limits.cpuset_cpus or not spare.fits(spec):
+            return None
+        if not spare.limits.given().keys() <= limits.given().keys():  # one would have to be taken away again
             return None
         self.spare = None
         return spare
@@ -405,12 +406,15 @@ class Launcher:
         spec: Spec = request["spec"]
         if self.spare is not spare or not spare.fits(spec):
             return
+        limits = self._limits(spec)
+        if not (limits.cpuset_cpus or limits.read_bps or limits.write_bps):  # for the rest see `_take_spare`
+            spare.limit(limits)
         if spare.group:
             spare.group.stats()
             spare.group.pids()
         with contextlib.ExitStack() as closing:
             _listeners(replace(spec, publish=()), closing)
-            json.dumps(self._record(request) | _running(spare, self._limits(spec)))
+            json.dumps(self._record(request) | _running(spare, limits))
             str(spec.directory)
 
     def _end_spare(self) -> None:
@@ -802,6 +806,7 @@ def main(control_fd: int, join: int | None = None) -> None:
     try:
         launcher = Launcher(socket.socket(fileno=control_fd), no_containers)
         cleanup.clean(launcher.parent)
+        walls.spawn_makes_sessions()  # found out here once, and not by each container
         gc.collect()
         gc.freeze()  # children share this memory; the collector must not touch (and so copy) it
         launcher.run()

@@ -75,6 +75,8 @@ class Process:
     no_new_privs: bool = True
     rlimits: tuple[tuple[int, int], ...] = ()
     """(resource, value) pairs for setrlimit, soft and hard alike; man 2 setrlimit."""
+    init_too: bool = False
+    """Whether init can live behind the same walls: a filter that somebody wrote may forbid what it does."""
     observed: bytes | None = None
     """A filter program that asks whoever started it about some of its calls (see `labkernel.observe`)."""
 
@@ -142,7 +144,7 @@ class Spec:
 
 @dataclass(frozen=True)
 class Order:
-    """What an empty container is told to become: descriptors, which are sent to its second process."""
+    """What an empty container is told to become: descriptors, which are sent to its first process."""
 
     spec: int
     """The file with the pickled request: the `Spec`, and which streams go to the container's log."""

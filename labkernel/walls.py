@@ -17,13 +17,22 @@ import signal
 import socket
 import struct
 import sys
-from collections.abc import Iterable
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any, NoReturn, TypeVar
 
 from labkernel.linux import capabilities, mounts, network, seccomp, syscalls
 from labkernel.linux.namespaces import FLAGS
-from labkernel.linux.syscalls import MOUNT_ATTR_RDONLY, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG
+from labkernel.linux.syscalls import (
+    MOUNT_ATTR_RDONLY,
+    PR_SET_DUMPABLE,
+    PR_SET_KEEPCAPS,
+    PR_SET_NO_NEW_PRIVS,
+    PR_SET_PDEATHSIG,
+)
 from labkernel.spec import Order, Process, Spec
+
+T = TypeVar("T")
 
 NEW_ROOT = "/tmp"
 """Where the new root is put together. Any directory of the host does: the mount hides it from this process alone."""
@@ -41,6 +50,9 @@ def ignored_signals() -> tuple[int, ...]:
 
 IGNORED = ignored_signals()
 
+FORWARD = frozenset({capabilities.Capability.CAP_KILL})
+"""All that init needs once it has started the program: to forward signals."""
+
 MOST_DESCRIPTORS = 253
 """That the kernel sends in one message: SCM_MAX_FD, man 7 unix."""
 
@@ -49,42 +61,36 @@ TIOCSPTLCK, TIOCGPTN = 0x40045431, 0x80045430
 
 
 def put_up(orders: socket.socket, doors: tuple[int, ...], like: Spec, rootfs: int, writable: int) -> NoReturn:
-    """Be the first process of a container: take our place, and be init to a second process, which becomes the program.
+    """Be the first process of a container: build it, start the program in it, and be its init.
 
-    The second one builds what is the same for all containers `like` this, and waits for the order: that comes at once,
-    or when there is a use for a container made in advance. Before the program runs it waits for one more word, until
-    the launcher has set the limits and written down what there will be to remove. The first one, which stays as long
-    as the container, touches (and so copies) hardly any of the launcher's memory.
+    What is built first is the same for all containers `like` this. Then comes the order: at once, or when there is a
+    use for a container made in advance. Before the program runs we wait for one more word, until the launcher has set
+    the limits and written down what there will be to remove.
     """
     keep_only((orders.fileno(), *doors, rootfs, writable))
     trouble = None
     try:
         take_place(orders, like.namespaces, doors)
+        build(like, rootfs, writable)
     except Exception as error:
         trouble = error  # told when there is somebody to tell it to
-    second = os.fork()
-    if second == 0:
-        try:
-            if trouble:
-                raise trouble
-            build(like, rootfs, writable)
-        except Exception as error:
-            trouble = error
-        orders.send(b"failed" if trouble else b"built")
-        rehearse(orders, like)
-        order = receive(orders)
-        try:
-            if trouble:
-                raise trouble
-            spec, logged = read_spec(order)
-            furnish(spec, order.volumes)
-        except Exception as error:
-            tell_failure(order.channel, error)
+    orders.send(b"failed" if trouble else b"built")
+    rehearse(orders, like)
+    order = receive(orders)
+    try:
+        if trouble:
+            raise trouble
+        spec, logged = read_spec(order)
+        furnish(spec, order.volumes)
+    except Exception as error:
+        tell_failure(order.channel, error)
+    if spawns(spec.process):
+        program = spawn_program(spec.process, order.stdio, order.channel, orders.fileno(), logged)
+    elif (program := os.fork()) == 0:
         start_program(spec.process, order.stdio, order.channel, orders.fileno(), logged)
-    forward = frozenset({capabilities.Capability.CAP_KILL})  # all that init needs: to forward signals
-    capabilities.capset(forward, forward)
+    capabilities.capset(FORWARD, FORWARD)
     keep_only(())
-    be_init(second)
+    be_init(program)
 
 
 def take_place(orders: socket.socket, kinds: frozenset[str], doors: tuple[int, ...]) -> None:
@@ -113,12 +119,11 @@ def rehearse(orders: socket.socket, like: Spec) -> None:
         return
     with contextlib.suppress(Exception):
         process: Process = pickle.loads(pickle.dumps(like)).process
-        for number in IGNORED:
-            syscalls.default_signal(number)
         for limit, _ in process.rlimits:
             resource.getrlimit(limit)
         look_up_user(process.user)
         capabilities.limit_to(capabilities.ALL)
+        seccomp.install(b"")  # EINVAL; this comes last
 
 
 def receive(orders: socket.socket) -> Order:
@@ -193,6 +198,55 @@ def furnish(spec: Spec, volumes: Iterable[int]) -> None:
         syscalls.mount_setattr(syscalls.AT_FDCWD, "/", attr_set=MOUNT_ATTR_RDONLY)
 
 
+def spawns(process: Process) -> bool:
+    """Whether init starts the program by posix_spawn, and not by a copy of itself that goes on to become the program.
+
+    To make such a copy, and to take it down again when it executes the program, takes longer than the rest. But what
+    the program gives up init gives up, too, and between the two there is nobody who could open a terminal.
+    """
+    return process.init_too and not process.tty and process.observed is None and spawn_makes_sessions()
+
+
+@cache
+def spawn_makes_sessions() -> bool:
+    """Not where this Python was built on a libc older than glibc 2.26; man 3 posix_spawn."""
+    try:
+        os.posix_spawn("", ["none"], {}, setsid=True)
+    except NotImplementedError:
+        return False
+    except OSError:  # there is no program of that name
+        pass
+    return True
+
+
+def spawn_program(
+    process: Process, stdio: tuple[int, int, int], channel: int, go: int, logged: Iterable[int]
+) -> int:
+    """Lock the doors for init and everything it starts, wait for a word from `go`, start the program; its pid."""
+    try:
+        go_on = lock_doors(process, stdio, go, logged, FORWARD)
+        syscalls.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # again: a change of the user resets it
+        wait_for(go_on)
+        last_door(process)
+    except Exception as error:
+        tell_failure(channel, error)
+    actions = [(os.POSIX_SPAWN_DUP2, fd, target) for target, fd in enumerate(stdio)]
+
+    def start(path: str, command: list[str], environment: dict[str, str]) -> int:
+        os.lstat(path)  # to see that there is no such file takes less time here than in a new process
+        return os.posix_spawn(
+            path, command, environment, file_actions=actions, setsid=True, setsigmask=(), setsigdef=IGNORED
+        )
+
+    try:
+        program = execute(process, start)
+    except CannotRun as error:
+        os.write(channel, b"ready")  # the container is: it is its program that cannot be run
+        error.end(stdio[2])
+    os.write(channel, b"ready")
+    return program
+
+
 def start_program(
     process: Process,
     stdio: tuple[int, int, int],
@@ -207,22 +261,7 @@ def start_program(
             stdio = open_terminal(channel)
         for target, fd in enumerate(stdio):
             os.dup2(fd, target)
-        for limit, value in process.rlimits:
-            resource.setrlimit(limit, (value, value))
-        uid, gid, groups = look_up_user(process.user)
-        check_ids(process.user, uid, gid)
-        if uid:
-            hand_over(uid, gid, process.tty, logged)
-        change_directory(process.workdir)
-        if process.seccomp is not None and not process.no_new_privs:
-            wait_for(go)  # now: the filter may forbid to read
-            go = None
-            seccomp.install(process.seccomp)  # takes CAP_SYS_ADMIN where no_new_privs is not set
-        capabilities.limit_to(process.capabilities)
-        if uid or gid or groups:
-            become(uid, gid, groups)  # leaving uid 0 gives up the capabilities too
-        if process.no_new_privs:
-            syscalls.prctl(PR_SET_NO_NEW_PRIVS, 1)
+        go = lock_doors(process, stdio, go, logged)
         if process.observed is not None:
             be_observed(process.observed, channel)
         for number in IGNORED:
@@ -230,14 +269,50 @@ def start_program(
         syscalls.block_signals(0)
         wait_for(go)
         os.write(channel, b"ready")
-        if process.seccomp is not None and process.no_new_privs:
-            seccomp.install(process.seccomp)
+        last_door(process)
     except Exception as error:
         tell_failure(channel, error)
     try:
-        execute(process)
-    finally:  # an argument that execve cannot take
-        os._exit(CANNOT_RUN)
+        execute(process, os.execve)
+    except CannotRun as error:
+        error.end(2)
+
+
+def lock_doors(
+    process: Process,
+    stdio: tuple[int, int, int],
+    go: int | None,
+    logged: Iterable[int],
+    also: frozenset[int] = frozenset(),
+) -> int | None:
+    """Become the program's user, with its limits and capabilities, and those in `also` until the next execve.
+
+    Returns `go` if its word is still to come.
+    """
+    for limit, value in process.rlimits:
+        resource.setrlimit(limit, (value, value))
+    uid, gid, groups = look_up_user(process.user)
+    check_ids(process.user, uid, gid)
+    if uid:
+        hand_over(uid, gid, stdio[0] if process.tty else None, [stdio[number] for number in logged])
+    change_directory(process.workdir)
+    if process.seccomp is not None and not process.no_new_privs:
+        wait_for(go)  # now: the filter may forbid to read
+        go = None
+        seccomp.install(process.seccomp)  # takes CAP_SYS_ADMIN where no_new_privs is not set
+    capabilities.limit_to(process.capabilities, also)
+    if uid or gid or groups:
+        syscalls.prctl(PR_SET_KEEPCAPS, bool(also))  # leaving uid 0 gives up the capabilities too
+        become(uid, gid, groups)
+    if process.no_new_privs:
+        syscalls.prctl(PR_SET_NO_NEW_PRIVS, 1)
+    return go
+
+
+def last_door(process: Process) -> None:
+    """Put up the filter, if that is not done yet: it may forbid whatever comes before."""
+    if process.seccomp is not None and process.no_new_privs:
+        seccomp.install(process.seccomp)
 
 
 def wait_for(go: int | None) -> None:
@@ -246,16 +321,16 @@ def wait_for(go: int | None) -> None:
         os._exit(SET_UP_FAILED)
 
 
-def hand_over(uid: int, gid: int, own_terminal: bool, logged: Iterable[int]) -> None:
+def hand_over(uid: int, gid: int, terminal: int | None, logs: Iterable[int]) -> None:
     """Let the program's user open /dev/stdout too, where it is the container's own terminal, or its log.
 
     The log by the group: its owner has to read it, who may be an ordinary user.
     """
     with contextlib.suppress(OSError):  # a file system that knows no such group
-        if own_terminal:
-            os.fchown(0, uid, -1)
+        if terminal is not None:
+            os.fchown(terminal, uid, -1)
             return
-        for fd in logged:
+        for fd in logs:
             os.fchown(fd, -1, gid)
             os.fchmod(fd, 0o620)
 
@@ -267,8 +342,21 @@ def be_observed(program: bytes, channel: int) -> None:
     os.close(listener)
 
 
-def execute(process: Process) -> NoReturn:
-    """execve the command, looked up in the container's PATH; ends with 126 or 127 as a shell does."""
+class CannotRun(Exception):
+    """A program that cannot be started, with the exit status that a shell has for it, and why."""
+
+    def __init__(self, program: str, status: int, why: str) -> None:
+        super().__init__(f"labkernel: cannot run {program!r}: {why}")
+        self.status = status
+
+    def end(self, stderr: int) -> NoReturn:
+        """Say so on the program's standard error, and exit for it."""
+        os.write(stderr, f"{self}\n".encode())
+        os._exit(self.status)
+
+
+def execute(process: Process, start: Callable[[str, list[str], dict[str, str]], T]) -> T:
+    """Look the command up in the container's PATH, and `start` it: by execve, or in a child. Raises CannotRun."""
     program = process.command[0]
     environment = dict(process.environment)
     places = (
@@ -277,7 +365,7 @@ def execute(process: Process) -> NoReturn:
     status, why = NOT_FOUND, "not found in " + (environment.get("PATH", "") or "an empty PATH")
     for place in places:
         try:
-            os.execve(f"{place}{program}", list(process.command), environment)
+            return start(f"{place}{program}", list(process.command), environment)
         except FileNotFoundError:
             if os.path.lexists(f"{place}{program}"):
                 why = "it is there, but the interpreter it names, or what its link points to, is not"
@@ -285,8 +373,9 @@ def execute(process: Process) -> NoReturn:
                 why = "no such file in the container"
         except OSError as error:
             status, why = CANNOT_RUN, error.strerror or str(error)
-    os.write(2, f"labkernel: cannot run {program!r}: {why}\n".encode())
-    os._exit(status)
+        except ValueError as error:  # an argument that no program can be given
+            status, why = CANNOT_RUN, str(error)
+    raise CannotRun(program, status, why)
 
 
 def be_init(payload: int) -> NoReturn:

@@ -127,7 +127,8 @@ def test_every_field_of_a_spec_is_said_or_refused_or_named() -> None:
         "rlimits",
     }
     watched = {"observed"}  # by us while it runs (labkernel.observe): no wall, and nothing for a bundle
-    assert set(described()[0].process.__dataclass_fields__) == program | watched
+    for_init = {"init_too"}  # a runtime has an init only if it is told to
+    assert set(described()[0].process.__dataclass_fields__) == program | watched | for_init
 
 
 def test_namespaces_and_ids() -> None:

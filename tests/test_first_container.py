@@ -14,7 +14,7 @@ from labkernel import children, state
 from labkernel.container import Container
 from labkernel.linux import namespaces
 from labkernel.spec import BadOption
-from tests.helpers import needs_limits, own_home
+from tests.helpers import needs_ids, needs_limits, own_home
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -144,8 +144,11 @@ def test_nothing_is_left() -> None:
     assert list(state.containers().iterdir()) == []
 
 
-def test_when_the_launcher_is_killed_its_containers_end_and_the_next_one_tidies_up() -> None:
-    container = Container("python", ["sleep", "60"]).start()
+@pytest.mark.parametrize("user", ["0", "1000"])
+def test_when_the_launcher_is_killed_its_containers_end_and_the_next_one_tidies_up(user: str) -> None:
+    if user != "0":
+        needs_ids()
+    container = Container("python", ["sleep", "60"], user=user).start()
     assert container.pid
     key = state.ProcessKey.of(container.pid)
     process = children.launcher().process

@@ -296,16 +296,18 @@ def raise_ambient(numbers: Iterable[int]) -> None:
         syscalls.prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, number)
 
 
-def limit_to(keep: Iterable[int]) -> None:
+def limit_to(keep: Iterable[int], until_execve: Iterable[int] = ()) -> None:
     """Hold `keep` and no more, now and after any execve: bounding, permitted and effective become `keep`.
 
-    The inheritable set becomes empty, and with it the ambient one, as in Docker since CVE-2022-24769: root
-    gets the bounding set at execve, everybody else nothing. Raises OSError EPERM without CAP_SETPCAP, or if
-    `keep` holds something that this process does not.
+    Those in `until_execve` are held as well, but not by a program that is executed. The inheritable set becomes
+    empty, and with it the ambient one, as in Docker since CVE-2022-24769: root gets the bounding set at execve,
+    everybody else nothing. Raises OSError EPERM without CAP_SETPCAP, or if a set holds something that this process
+    does not.
     """
     kept = frozenset(keep)
     drop_bounding(kept)
-    capset(permitted=kept, effective=kept)
+    held = kept.union(until_execve)
+    capset(permitted=held, effective=held)
 
 
 # ---------------------------------------------------------------------- on files
