@@ -224,9 +224,7 @@ def spawn_program(
 ) -> int:
     """Lock the doors for init and everything it starts, wait for a word from `go`, start the program; its pid."""
     try:
-        go_on = lock_doors(process, stdio, go, logged, FORWARD)
-        syscalls.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # again: a change of the user resets it
-        wait_for(go_on)
+        lock_doors(process, stdio, logged, go, FORWARD)
         last_door(process)
     except Exception as error:
         tell_failure(channel, error)
@@ -261,13 +259,12 @@ def start_program(
             stdio = open_terminal(channel)
         for target, fd in enumerate(stdio):
             os.dup2(fd, target)
-        go = lock_doors(process, stdio, go, logged)
+        lock_doors(process, stdio, logged, go)
         if process.observed is not None:
             be_observed(process.observed, channel)
         for number in IGNORED:
             syscalls.default_signal(number)  # what is ignored stays ignored over exec
         syscalls.block_signals(0)
-        wait_for(go)
         os.write(channel, b"ready")
         last_door(process)
     except Exception as error:
@@ -281,13 +278,13 @@ def start_program(
 def lock_doors(
     process: Process,
     stdio: tuple[int, int, int],
-    go: int | None,
     logged: Iterable[int],
+    go: int | None,
     also: frozenset[int] = frozenset(),
-) -> int | None:
+) -> None:
     """Become the program's user, with its limits and capabilities, and those in `also` until the next execve.
 
-    Returns `go` if its word is still to come.
+    Waits for the word from `go`, if there is one to wait for, as late as it can.
     """
     for limit, value in process.rlimits:
         resource.setrlimit(limit, (value, value))
@@ -298,15 +295,17 @@ def lock_doors(
     change_directory(process.workdir)
     if process.seccomp is not None and not process.no_new_privs:
         wait_for(go)  # now: the filter may forbid to read
-        go = None
         seccomp.install(process.seccomp)  # takes CAP_SYS_ADMIN where no_new_privs is not set
+        go = None
     capabilities.limit_to(process.capabilities, also)
     if uid or gid or groups:
         syscalls.prctl(PR_SET_KEEPCAPS, bool(also))  # leaving uid 0 gives up the capabilities too
         become(uid, gid, groups)
+    if also:
+        syscalls.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # again: a change of the user resets it
     if process.no_new_privs:
         syscalls.prctl(PR_SET_NO_NEW_PRIVS, 1)
-    return go
+    wait_for(go)
 
 
 def last_door(process: Process) -> None:

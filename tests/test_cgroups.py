@@ -491,6 +491,27 @@ def test_what_is_written_is_what_the_kernel_says() -> None:
 
 
 @limits_are_there
+def test_what_was_made_in_advance_for_another_has_only_its_own_limits() -> None:
+    """Each container here is like the one before but for its limits, which its group may have already."""
+    turns: list[dict[str, Any]] = [
+        {"cpu_weight": 50}, {}, {"memory": "64M"}, {"memory": "200M", "memory_swap": "300M"},
+        {"cpus": 0.5, "pids_limit": 9}, {"memory": "1G"},
+    ]  # fmt: skip
+
+    def written(options: dict[str, Any]) -> set[tuple[str, str]]:
+        with Container("python", ["sleep", "60"], **options) as container:
+            return {(Path(path).name, text) for path, text in container.cgroup.limits_written().items()}
+
+    for options in turns:
+        children.close_launcher()
+        expected = written(options)
+        for before in turns:
+            written(before)
+            time.sleep(0.1)  # the next one is made and given the limits of the last
+            assert written(options) == expected, f"{options} after {before}"
+
+
+@limits_are_there
 @pytest.mark.parametrize(
     "nonsense", [{"cpus": -1}, {"cpu_weight": 0}, {"cpuset_cpus": "none"}, {"pids_limit": 0}]
 )
