@@ -26,7 +26,6 @@ from labkernel.linux.namespaces import FLAGS
 from labkernel.linux.syscalls import (
     MOUNT_ATTR_RDONLY,
     PR_SET_DUMPABLE,
-    PR_SET_KEEPCAPS,
     PR_SET_NO_NEW_PRIVS,
     PR_SET_PDEATHSIG,
 )
@@ -50,8 +49,13 @@ def ignored_signals() -> tuple[int, ...]:
 
 IGNORED = ignored_signals()
 
+CHANGE_USER = frozenset({capabilities.Capability.CAP_SETUID, capabilities.Capability.CAP_SETGID})
+
 FORWARD = frozenset({capabilities.Capability.CAP_KILL})
 """All that init needs once it has started the program: to forward signals."""
+
+ROOT = "0:0"
+"""The user that a program is if nobody says otherwise."""
 
 MOST_DESCRIPTORS = 253
 """That the kernel sends in one message: SCM_MAX_FD, man 7 unix."""
@@ -202,9 +206,11 @@ def spawns(process: Process) -> bool:
     """Whether init starts the program by posix_spawn, and not by a copy of itself that goes on to become the program.
 
     To make such a copy, and to take it down again when it executes the program, takes longer than the rest. But what
-    the program gives up init gives up, too, and between the two there is nobody who could open a terminal.
+    the program gives up init gives up, too, and between the two there is nobody who could open a terminal. And init
+    stays root: of its own user's processes anybody may set the limits, or end them.
     """
-    return process.init_too and not process.tty and process.observed is None and spawn_makes_sessions()
+    plain = process.init_too and process.user == ROOT and not process.tty and process.observed is None
+    return plain and spawn_makes_sessions()
 
 
 @cache
@@ -224,7 +230,7 @@ def spawn_program(
 ) -> int:
     """Lock the doors for init and everything it starts, wait for a word from `go`, start the program; its pid."""
     try:
-        lock_doors(process, stdio, logged, go, FORWARD)
+        lock_doors(process, stdio, logged, go, until_execve=FORWARD)
         last_door(process)
     except Exception as error:
         tell_failure(channel, error)
@@ -239,10 +245,21 @@ def spawn_program(
     try:
         program = execute(process, start)
     except CannotRun as error:
-        os.write(channel, b"ready")  # the container is: it is its program that cannot be run
-        error.end(stdio[2])
-    os.write(channel, b"ready")
+        program = os.fork()
+        if program == 0:  # signals must end it where nobody reads what it says, as they would the program
+            mind_signals()
+            error.end(stdio[2])
+    with contextlib.suppress(BrokenPipeError):  # who asked for a container that is left alone may be gone
+        os.write(channel, b"ready")
+    os.chdir("/")  # a mount that we stand in cannot be removed
     return program
+
+
+def mind_signals() -> None:
+    """Ignore and block none, as a program finds it that nobody has prepared."""
+    for number in IGNORED:
+        syscalls.default_signal(number)  # what is ignored stays ignored over exec
+    syscalls.block_signals(0)
 
 
 def start_program(
@@ -262,9 +279,7 @@ def start_program(
         lock_doors(process, stdio, logged, go)
         if process.observed is not None:
             be_observed(process.observed, channel)
-        for number in IGNORED:
-            syscalls.default_signal(number)  # what is ignored stays ignored over exec
-        syscalls.block_signals(0)
+        mind_signals()
         os.write(channel, b"ready")
         last_door(process)
     except Exception as error:
@@ -280,9 +295,9 @@ def lock_doors(
     stdio: tuple[int, int, int],
     logged: Iterable[int],
     go: int | None,
-    also: frozenset[int] = frozenset(),
+    until_execve: frozenset[int] = frozenset(),
 ) -> None:
-    """Become the program's user, with its limits and capabilities, and those in `also` until the next execve.
+    """Become the program's user, with its limits and capabilities, and until the next execve some more.
 
     Waits for the word from `go`, if there is one to wait for, as late as it can.
     """
@@ -297,12 +312,11 @@ def lock_doors(
         wait_for(go)  # now: the filter may forbid to read
         seccomp.install(process.seccomp)  # takes CAP_SYS_ADMIN where no_new_privs is not set
         go = None
-    capabilities.limit_to(process.capabilities, also)
     if uid or gid or groups:
-        syscalls.prctl(PR_SET_KEEPCAPS, bool(also))  # leaving uid 0 gives up the capabilities too
-        become(uid, gid, groups)
-    if also:
-        syscalls.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # again: a change of the user resets it
+        until_execve |= CHANGE_USER
+    capabilities.limit_to(process.capabilities, until_execve)
+    if uid or gid or groups:
+        become(uid, gid, groups)  # leaving uid 0 gives up the capabilities too
     if process.no_new_privs:
         syscalls.prctl(PR_SET_NO_NEW_PRIVS, 1)
     wait_for(go)
@@ -350,7 +364,8 @@ class CannotRun(Exception):
 
     def end(self, stderr: int) -> NoReturn:
         """Say so on the program's standard error, and exit for it."""
-        os.write(stderr, f"{self}\n".encode())
+        with contextlib.suppress(OSError):  # it may be full, or nobody listen
+            os.write(stderr, f"{self}\n".encode(errors="replace"))
         os._exit(self.status)
 
 

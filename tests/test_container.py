@@ -113,6 +113,36 @@ def test_a_program_that_cannot_be_run_is_told_in_words(program: str, words: str)
     assert words in ended.stderr.decode()
 
 
+@pytest.mark.parametrize("tty_path", [False, True])
+def test_a_program_that_cannot_be_run_where_nobody_can_be_told(tty_path: bool) -> None:
+    """Its exit status is as ever. Another user's program goes the way of those that have a terminal."""
+    if tty_path:
+        needs_ids()
+    user = "1000" if tty_path else "0:0"
+    with open("/dev/full", "w") as full:
+        assert Container("python", ["nosuchprogram"], user=user).start(stderr=full.fileno()).wait(20) == 127
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(write, bytes(4096))
+    os.set_blocking(write, True)
+    with open(read), open(write):
+        container = Container("python", ["nosuchprogram"], user=user).start(stderr=write)
+        time.sleep(0.2)
+        assert container.running()  # it waits for a reader
+        assert container.stop(20) == 143
+    path = {"PATH": "/x\udcff"}
+    assert Container("python", ["nosuchprogram"], env=path, user=user).run().returncode == 127
+
+
+def test_the_program_may_unmount_what_it_has_left(tmp_path: Path) -> None:
+    program = "import ctypes, os; os.chdir('/'); print(ctypes.CDLL(None).umount2(b'/v', 0))"
+    options: dict[str, Any] = {"volumes": [f"{tmp_path}:/v"], "workdir": "/v", "cap_add": ["SYS_ADMIN"]}
+    ended = Container("python", ["python3", "-c", program], **options).run()
+    assert ended.stdout == b"0\n", ended.stderr
+
+
 def test_a_script_whose_interpreter_is_missing(tmp_path: Path) -> None:
     (tmp_path / "script").write_text("#!/no/such/interpreter\n")
     (tmp_path / "script").chmod(0o755)
