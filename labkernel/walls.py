@@ -50,6 +50,7 @@ def ignored_signals() -> tuple[int, ...]:
 IGNORED = ignored_signals()
 
 CHANGE_USER = frozenset({capabilities.Capability.CAP_SETUID, capabilities.Capability.CAP_SETGID})
+"""What it takes to become the program's user, and his groups: kept until then, also where --cap-drop names them."""
 
 FORWARD = frozenset({capabilities.Capability.CAP_KILL})
 """All that init needs once it has started the program: to forward signals."""
@@ -89,7 +90,7 @@ def put_up(orders: socket.socket, doors: tuple[int, ...], like: Spec, rootfs: in
     except Exception as error:
         tell_failure(order.channel, error)
     if spawns(spec.process):
-        program = spawn_program(spec.process, order.stdio, order.channel, orders.fileno(), logged)
+        program = spawn_program(spec.process, order.stdio, order.channel, orders.fileno())
     elif (program := os.fork()) == 0:
         start_program(spec.process, order.stdio, order.channel, orders.fileno(), logged)
     capabilities.capset(FORWARD, FORWARD)
@@ -225,12 +226,10 @@ def spawn_makes_sessions() -> bool:
     return True
 
 
-def spawn_program(
-    process: Process, stdio: tuple[int, int, int], channel: int, go: int, logged: Iterable[int]
-) -> int:
+def spawn_program(process: Process, stdio: tuple[int, int, int], channel: int, go: int) -> int:
     """Lock the doors for init and everything it starts, wait for a word from `go`, start the program; its pid."""
     try:
-        lock_doors(process, stdio, logged, go, until_execve=FORWARD)
+        lock_doors(process, go, until_execve=FORWARD)
         last_door(process)
     except Exception as error:
         tell_failure(channel, error)
@@ -249,8 +248,7 @@ def spawn_program(
         if program == 0:  # signals must end it where nobody reads what it says, as they would the program
             mind_signals()
             error.end(stdio[2])
-    with contextlib.suppress(BrokenPipeError):  # who asked for a container that is left alone may be gone
-        os.write(channel, b"ready")
+    tell_ready(channel)
     os.chdir("/")  # a mount that we stand in cannot be removed
     return program
 
@@ -276,11 +274,11 @@ def start_program(
             stdio = open_terminal(channel)
         for target, fd in enumerate(stdio):
             os.dup2(fd, target)
-        lock_doors(process, stdio, logged, go)
+        lock_doors(process, go, logged)
         if process.observed is not None:
             be_observed(process.observed, channel)
         mind_signals()
-        os.write(channel, b"ready")
+        tell_ready(channel)
         last_door(process)
     except Exception as error:
         tell_failure(channel, error)
@@ -291,11 +289,7 @@ def start_program(
 
 
 def lock_doors(
-    process: Process,
-    stdio: tuple[int, int, int],
-    logged: Iterable[int],
-    go: int | None,
-    until_execve: frozenset[int] = frozenset(),
+    process: Process, go: int | None, logged: Iterable[int] = (), until_execve: frozenset[int] = frozenset()
 ) -> None:
     """Become the program's user, with its limits and capabilities, and until the next execve some more.
 
@@ -306,16 +300,17 @@ def lock_doors(
     uid, gid, groups = look_up_user(process.user)
     check_ids(process.user, uid, gid)
     if uid:
-        hand_over(uid, gid, stdio[0] if process.tty else None, [stdio[number] for number in logged])
+        hand_over(uid, gid, process.tty, logged)
     change_directory(process.workdir)
     if process.seccomp is not None and not process.no_new_privs:
         wait_for(go)  # now: the filter may forbid to read
         seccomp.install(process.seccomp)  # takes CAP_SYS_ADMIN where no_new_privs is not set
         go = None
-    if uid or gid or groups:
+    another_user = bool(uid or gid or groups)
+    if another_user:
         until_execve |= CHANGE_USER
     capabilities.limit_to(process.capabilities, until_execve)
-    if uid or gid or groups:
+    if another_user:
         become(uid, gid, groups)  # leaving uid 0 gives up the capabilities too
     if process.no_new_privs:
         syscalls.prctl(PR_SET_NO_NEW_PRIVS, 1)
@@ -334,18 +329,18 @@ def wait_for(go: int | None) -> None:
         os._exit(SET_UP_FAILED)
 
 
-def hand_over(uid: int, gid: int, terminal: int | None, logs: Iterable[int]) -> None:
+def hand_over(uid: int, gid: int, own_terminal: bool, logged: Iterable[int]) -> None:
     """Let the program's user open /dev/stdout too, where it is the container's own terminal, or its log.
 
     The log by the group: its owner has to read it, who may be an ordinary user.
     """
     with contextlib.suppress(OSError):  # a file system that knows no such group
-        if terminal is not None:
-            os.fchown(terminal, uid, -1)
+        if own_terminal:
+            os.fchown(0, uid, -1)
             return
-        for fd in logs:
-            os.fchown(fd, -1, gid)
-            os.fchmod(fd, 0o620)
+        for stream in logged:
+            os.fchown(stream, -1, gid)
+            os.fchmod(stream, 0o620)
 
 
 def be_observed(program: bytes, channel: int) -> None:
@@ -538,6 +533,12 @@ def keep_only(descriptors: Iterable[int]) -> None:
             syscalls.close_range(first, fd - 1)
         first = max(first, fd + 1)
     syscalls.close_range(first)
+
+
+def tell_ready(channel: int) -> None:
+    """Say that the program is about to run. Who asked for a container that is left alone may be gone by then."""
+    with contextlib.suppress(BrokenPipeError):
+        os.write(channel, b"ready")
 
 
 def tell_failure(channel: int, error: Exception) -> NoReturn:

@@ -218,6 +218,31 @@ def test_logs_while_it_runs_and_after() -> None:
     assert container.logs() == b"one\ntwo\n"
 
 
+@pytest.mark.parametrize("user", ["0", "1000"])
+def test_a_detached_container_goes_on_without_whoever_asked_for_it(
+    user: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where he has gone before it could tell him that it runs."""
+    if user != "0":
+        needs_ids()
+
+    def go_away(_: Container) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Container, "_until_ready", go_away)
+    container = Container("python", ["sh", "-c", "echo said; sleep 60"], user=user, detach=True)
+    with pytest.raises(KeyboardInterrupt):
+        container.start()
+    assert logged(container, "said") == "said\n"
+    record = state.find(container.name)
+    assert record["state"] == "running"
+    os.kill(record["pid"], signal.SIGKILL)
+    until = time.monotonic() + 30
+    while container.spec.directory.exists():
+        assert time.monotonic() < until, "it was not removed"
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("user", ["0", "1000:1000"])
 def test_its_streams_can_be_opened_by_name(user: str) -> None:
     """/dev/stdout is a link to what the descriptor is open on, and opening that asks who owns it."""
