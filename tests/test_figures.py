@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,17 @@ def test_the_lines_are_the_measured_numbers() -> None:
     assert figure.axes[0].get_title() == "box"
 
 
+def test_a_limit_that_is_changed_often_is_named_as_it_was_and_as_it_is() -> None:
+    changing = recording()
+    changing.samples = [
+        replace(one, cpus_limit=1 - number // 4 / 10) for number, one in enumerate(changing.samples)
+    ]
+    assert "quota 1 cores → … → 0.6 cores" in labels(figures.recording_figure(changing), 0)
+
+
 def test_limits_kills_refusals_and_waiting_are_named_and_drawn() -> None:
     figure = figures.recording_figure(recording())
-    assert "quota 0.5 cores, changed" in labels(figure, 0)
+    assert "quota 0.5 cores → 0.25 cores" in labels(figure, 0)
     assert "throttled" in labels(figure, 0)
     assert {"limit 64 MiB", "OOM kill (1)"} <= set(labels(figure, 1))
     assert {"limit 10", "fork refused (1)"} <= set(labels(figure, 2))

@@ -15,7 +15,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from labkernel.monitor import Recording
@@ -136,14 +136,14 @@ def _draw_cpu(axes: Axes, recording: Recording, table: Table, beside: Sequence[R
     seconds, used = table["seconds"], [usec / 1e6 for usec in recording.rate("cpu_usec", OVER)]
     waiting = recording.rate("cpu_throttled_usec", OVER / 2)
     _shade(axes, seconds, [rate > 0 for rate in waiting], "throttled")
-    axes.plot(seconds, used, color=BLUE, label=f"used, mean of {OVER:g} s")
+    axes.plot(seconds, used, color=BLUE, label=f"used, averaged over {OVER:g} s")
     most = _highest(one.rate("cpu_usec", OVER) for one in beside) / 1e6
     _limit(axes, seconds, table["cpus_limit"], most, "quota", "{:g} cores")
 
 
 def _draw_throttling(axes: Axes, recording: Recording, table: Table, _: Sequence[Recording]) -> None:
     axes.set_ylabel("throttled\n(% of periods)")
-    label = f"mean of {OVER:g} s"
+    label = f"averaged over {OVER:g} s"
     if recording.samples:
         last = recording.samples[-1]
         label += f"; in the end: nr_throttled {last.cpu_throttled_periods} of nr_periods {last.cpu_periods}"
@@ -239,8 +239,8 @@ def _limit(
         axes.plot([], [], " ", label=f"{what} {words.format(given[-1])}: far above")
     else:
         drawn = [math.nan if limit is None else limit for limit in limits]
-        changed = "" if min(given) == max(given) else ", changed"
-        label = f"{what} {words.format(given[0])}{changed}"
+        values = [words.format(value) for value, _ in groupby(given)]
+        label = f"{what} " + " → ".join(values if len(values) <= 3 else [values[0], "…", values[-1]])
         axes.plot(seconds, drawn, color="black", linestyle=(0, (5, 3)), drawstyle="steps-post", label=label)
 
 
