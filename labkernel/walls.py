@@ -50,7 +50,7 @@ def ignored_signals() -> tuple[int, ...]:
 IGNORED = ignored_signals()
 
 CHANGE_USER = frozenset({capabilities.Capability.CAP_SETUID, capabilities.Capability.CAP_SETGID})
-"""What it takes to become the program's user, and his groups: kept until then, also where --cap-drop names them."""
+"""What it takes to become the program's user: held until uid 0 is left, or the next execve."""
 
 FORWARD = frozenset({capabilities.Capability.CAP_KILL})
 """All that init needs once it has started the program: to forward signals."""
@@ -536,8 +536,8 @@ def keep_only(descriptors: Iterable[int]) -> None:
 
 
 def tell_ready(channel: int) -> None:
-    """Say that the program is about to run. Who asked for a container that is left alone may be gone by then."""
-    with contextlib.suppress(BrokenPipeError):
+    """Say that all is done. Who has asked for a container that is left alone may be gone by then, his post unread."""
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         os.write(channel, b"ready")
 
 

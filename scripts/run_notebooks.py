@@ -32,9 +32,16 @@ from notebook_tools import ROOT, client, code_cells, kernel, missing, read, sele
 BUILD = ROOT / "build"
 CELL_TIMEOUT = 300.0
 
-# nbconvert's page without the scripts that it would load from elsewhere, and with the figures' alt texts.
+# nbconvert's page without the scripts that it would load from elsewhere, with the figures' alt texts, and with code
+# that stands in an output (lab.show_source) in a code's font, which its own style takes away.
 PAGE = """
 {%- extends 'lab/index.html.j2' -%}
+{%- block html_head_css -%}
+{{ super() }}
+<style>
+.jp-OutputArea-output .highlight pre {font-family: var(--jp-code-font-family); line-height: var(--jp-code-line-height)}
+</style>
+{%- endblock -%}
 {%- block html_head_js -%}{%- endblock -%}
 {%- block html_head_js_mathjax -%}{%- endblock -%}
 {%- block html_head_js_mermaidjs -%}{%- endblock -%}

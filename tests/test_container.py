@@ -218,15 +218,19 @@ def test_logs_while_it_runs_and_after() -> None:
     assert container.logs() == b"one\ntwo\n"
 
 
+@pytest.mark.parametrize("unread", [False, True])
 @pytest.mark.parametrize("user", ["0", "1000"])
 def test_a_detached_container_goes_on_without_whoever_asked_for_it(
-    user: str, monkeypatch: pytest.MonkeyPatch
+    user: str, unread: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where he has gone before it could tell him that it runs."""
+    """Also where he has gone before it could tell him that it runs, be it with a message that he has not read."""
     if user != "0":
         needs_ids()
 
-    def go_away(_: Container) -> None:
+    def go_away(container: Container) -> None:
+        assert container._channel
+        if unread:
+            select.select([container._channel.socket], [], [], 30)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Container, "_until_ready", go_away)

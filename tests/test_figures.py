@@ -65,17 +65,28 @@ def test_the_lines_are_the_measured_numbers() -> None:
     assert figure.axes[0].get_title() == "box"
 
 
-def test_a_limit_that_is_changed_often_is_named_as_it_was_and_as_it_is() -> None:
+@pytest.mark.parametrize(
+    ("cpus", "named"),
+    [
+        ([0.5], "quota 0.5 cores"),
+        ([0.5, 0.25, 0.5], "quota 0.5 → … → 0.5 cores"),
+        ([0.5, None], "quota 0.5 → none"),
+        ([1 / 3, 0.3333, 0.25], "quota 0.33 → 0.25 cores"),
+        ([None], "no quota"),
+    ],
+)
+def test_a_limit_is_named_with_what_it_was_and_what_it_is(cpus: list[float | None], named: str) -> None:
     changing = recording()
     changing.samples = [
-        replace(one, cpus_limit=1 - number // 4 / 10) for number, one in enumerate(changing.samples)
+        replace(one, cpus_limit=cpus[min(number // 4, len(cpus) - 1)])
+        for number, one in enumerate(changing.samples)
     ]
-    assert "quota 1 cores → … → 0.6 cores" in labels(figures.recording_figure(changing), 0)
+    assert named in labels(figures.recording_figure(changing), 0)
 
 
 def test_limits_kills_refusals_and_waiting_are_named_and_drawn() -> None:
     figure = figures.recording_figure(recording())
-    assert "quota 0.5 cores → 0.25 cores" in labels(figure, 0)
+    assert "quota 0.5 → 0.25 cores" in labels(figure, 0)
     assert "throttled" in labels(figure, 0)
     assert {"limit 64 MiB", "OOM kill (1)"} <= set(labels(figure, 1))
     assert {"limit 10", "fork refused (1)"} <= set(labels(figure, 2))

@@ -138,7 +138,7 @@ def _draw_cpu(axes: Axes, recording: Recording, table: Table, beside: Sequence[R
     _shade(axes, seconds, [rate > 0 for rate in waiting], "throttled")
     axes.plot(seconds, used, color=BLUE, label=f"used, averaged over {OVER:g} s")
     most = _highest(one.rate("cpu_usec", OVER) for one in beside) / 1e6
-    _limit(axes, seconds, table["cpus_limit"], most, "quota", "{:g} cores")
+    _limit(axes, seconds, table["cpus_limit"], most, "quota", " cores")
 
 
 def _draw_throttling(axes: Axes, recording: Recording, table: Table, _: Sequence[Recording]) -> None:
@@ -179,7 +179,7 @@ def _draw_memory(axes: Axes, recording: Recording, table: Table, beside: Sequenc
     axes.plot(seconds, whole, color="black", linewidth=1, label="all")
     limits = [None if size is None else size / MIB for size in table["memory_limit_bytes"]]
     most = _highest(one.columns()["memory_bytes"] for one in beside) / MIB
-    _limit(axes, seconds, limits, most, "limit", "{:.4g} MiB")
+    _limit(axes, seconds, limits, most, "limit", " MiB")
     _marks(axes, recording.events("oom_kills"), "OOM kill")
 
 
@@ -187,7 +187,7 @@ def _draw_pids(axes: Axes, recording: Recording, table: Table, beside: Sequence[
     axes.set_ylabel("processes\nand threads")
     axes.plot(table["seconds"], table["pids"], color=BLUE, drawstyle="steps-post", label="now")
     most = _highest(one.columns()["pids"] for one in beside)
-    _limit(axes, table["seconds"], table["pids_limit"], most, "limit", "{:g}")
+    _limit(axes, table["seconds"], table["pids_limit"], most, "limit")
     _marks(axes, recording.events("pids_max_events"), "fork refused")
 
 
@@ -229,19 +229,31 @@ def _highest(columns: Iterable[Iterable[float]]) -> float:
 
 
 def _limit(
-    axes: Axes, seconds: Sequence[float], limits: Sequence[float | None], most: float, what: str, words: str
+    axes: Axes,
+    seconds: Sequence[float],
+    limits: Sequence[float | None],
+    most: float,
+    what: str,
+    unit: str = "",
 ) -> None:
     """A limit as a dashed line that moves when the limit does; only named where it is far beyond what was used."""
     given = [limit for limit in limits if limit is not None]
+    values = _values(limits)
     if not given:
         axes.plot([], [], " ", label=f"no {what}")
     elif min(given) > BEYOND * most > 0:
-        axes.plot([], [], " ", label=f"{what} {words.format(given[-1])}: far above")
+        axes.plot([], [], " ", label=f"{what} {_values(given)[-1]}{unit}: far above")
     else:
         drawn = [math.nan if limit is None else limit for limit in limits]
-        values = [words.format(value) for value, _ in groupby(given)]
-        label = f"{what} " + " → ".join(values if len(values) <= 3 else [values[0], "…", values[-1]])
+        shown = values if len(values) <= 2 else [values[0], "…", values[-1]]
+        label = f"{what} {' → '.join(shown)}{unit if limits[-1] is not None else ''}"
         axes.plot(seconds, drawn, color="black", linestyle=(0, (5, 3)), drawstyle="steps-post", label=label)
+
+
+def _values(limits: Iterable[float | None]) -> list[str]:
+    """What a limit was, one after the other."""
+    texts = ("none" if limit is None else f"{round(limit, 2):g}" for limit in limits)
+    return [text for text, _ in groupby(texts)]
 
 
 def _shade(axes: Axes, seconds: Sequence[float], which: Sequence[bool], label: str) -> None:
@@ -304,8 +316,7 @@ def _described(recording: Recording, only: str | None) -> str:
 
 def _limited(limits: Sequence[float | None]) -> str:
     """A limit in words, with all the values that it had."""
-    values = ["none" if limit is None else f"{limit:.4g}" for limit in dict.fromkeys(limits)]
-    return f" (limit: {', then '.join(values)})"
+    return f" (limit: {', then '.join(_values(limits))})"
 
 
 # ---------------------------------------------------------------------- who sees what

@@ -39,7 +39,7 @@ TOO_MUCH = 1.3
 """A limit that could be divided by this is not a tight one."""
 
 
-@exercise("23.1", looks_at="your container's limit files, namespaces and CPU time, and its program's status")
+@exercise("23.1", looks_at="your container's limit files and namespaces, and its program's status")
 def own_program(answer: Container) -> str:
     """A running container with a program of the reader's own, within the budget and behind all walls."""
     _running(answer)
