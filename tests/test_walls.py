@@ -375,7 +375,7 @@ def test_a_filter_of_ones_own_is_not_inits(tmp_path: Path) -> None:
         )
     )
     program = "import os, signal, time; signal.signal(15, lambda *_: os._exit(9))"
-    command = ["python3", "-c", f"{program}; print('on', flush=True); time.sleep(60)"]
+    command = ["python3", "-c", f"{program}; print('on', flush=True)\nwhile True: time.sleep(0.1)"]
     with Container("python", command, seccomp=str(profile)) as container:
         logged(container, "on")
         assert container.stop(20) == 9
