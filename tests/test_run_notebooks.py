@@ -55,6 +55,9 @@ def test_a_notebook_that_runs_leaves_its_page_and_figures(tmp_path: Path, build:
     assert "the output" in page
     assert "dial" in page  # without a kernel, a widget is the text that goes with it
     assert 'axes with "nothing" in them' in html.unescape(page)
+    assert (
+        ".jp-OutputArea-output .highlight pre {font-family: var(--jp-code-font-family)" in page
+    )  # show_source
     assert 'href="04-next.html"' in page and 'href="04-next.html#part"' in page
 
 

@@ -238,13 +238,13 @@ def _limit(
 ) -> None:
     """A limit as a dashed line that moves when the limit does; only named where it is far beyond what was used."""
     given = [limit for limit in limits if limit is not None]
-    values = _values(limits)
     if not given:
         axes.plot([], [], " ", label=f"no {what}")
     elif min(given) > BEYOND * most > 0:
         axes.plot([], [], " ", label=f"{what} {_values(given)[-1]}{unit}: far above")
     else:
         drawn = [math.nan if limit is None else limit for limit in limits]
+        values = _values(limits)
         shown = values if len(values) <= 2 else [values[0], "…", values[-1]]
         label = f"{what} {' → '.join(shown)}{unit if limits[-1] is not None else ''}"
         axes.plot(seconds, drawn, color="black", linestyle=(0, (5, 3)), drawstyle="steps-post", label=label)
