@@ -3,12 +3,13 @@
     .venv/bin/python bench/bench.py [--rounds N] [--only NAME]...
 
 start-to-exit: from the call until the end of /bin/true, in one root file system, with a network namespace in all.
-The subjects take turns in a random order, so that whatever else the machine does hits all of them alike, and the
-exit status of every run is checked. What each of them puts up besides, as its own defaults have it:
+The subjects take turns in a random order, so that whatever else the machine does hits all of them alike; they have
+the same streams (/dev/null twice, and a file for errors), and the exit status of every run is checked. What each of
+them puts up besides, as its own defaults have it:
 
     labkernel      all that a container has: eight namespaces, pivot_root, writable overlay, control group with
-                   limits, capabilities, seccomp, no_new_privs, masked paths, init, output collected; called from
-                   a process that runs already, as a notebook does
+                   limits, capabilities, seccomp, no_new_privs, masked paths, init; called from a process that
+                   runs already, as a notebook does
     labkernel-cli  the same by the command `labkernel run --rm`: with the start of Python, twice
     crun, runc     what `crun spec` and `runc spec` write: control group, capabilities, masked paths, read-only root;
                    no user namespace, no seccomp filter, no init
@@ -192,14 +193,17 @@ def find(program: str) -> str | None:
 
 
 def labkernel_start() -> float:
-    """One container, from the constructor to the exit status."""
+    """One container, from the constructor to the exit status, with such streams as the commands have."""
     from labkernel import Container
 
-    began = time.perf_counter()
-    status = Container("python", [PROGRAM]).run().returncode
-    took = time.perf_counter() - began
-    if status:
-        raise Failed(f"labkernel: exit status {status}")
+    with tempfile.TemporaryFile() as errors, open(os.devnull, "r+b") as null:
+        began = time.perf_counter()
+        container = Container("python", [PROGRAM]).start(null.fileno(), null.fileno(), errors.fileno())
+        status = container.wait()
+        took = time.perf_counter() - began
+        errors.seek(0)
+        if status:
+            raise Failed(f"labkernel: exit status {status}: {errors.read().decode(errors='replace')}")
     return took * 1000
 
 

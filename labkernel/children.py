@@ -336,8 +336,9 @@ def close_launcher() -> None:
 def memory_file(content: bytes) -> int:
     """A descriptor of an anonymous file with this content."""
     fd = os.memfd_create("labkernel", os.MFD_CLOEXEC)
-    with open(fd, "wb", closefd=False) as file:
-        file.write(content)
+    rest = memoryview(content)
+    while rest:
+        rest = rest[os.write(fd, rest) :]
     return fd
 
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
-import stat
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +17,8 @@ from typing import Any
 
 from labkernel import state
 from labkernel.linux import cgroups
+
+DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def clean(parent: cgroups.CgroupParent | None) -> list[str]:
@@ -184,33 +184,63 @@ def remove_spare(directory: Path, parent: cgroups.CgroupParent | None) -> None:
 
 
 def remove_tree(path: str) -> None:
-    """Remove a container's directory, also directories in it that forbid it: overlay leaves one that nobody may list.
+    """Remove a container's directory, and leave what cannot be removed.
 
-    Only directories are opened up, and none by way of a link: what is in there, the container's programs have made,
-    and a link of theirs may lead to any file of the host.
+    What is in there, the container's programs have made. A link of theirs may lead to any file of the host: no link
+    is followed. Directories may lie deeper than a path can say, or than `shutil.rmtree` can call itself: only one is
+    open at a time. And some forbid to be listed, as one does that overlay leaves: they are opened up first.
     """
     try:
-        shutil.rmtree(path)
-        return
-    except FileNotFoundError:
-        return
+        fd = os.open(path, DIRECTORY)
     except OSError:
-        top = os.lstat(path)
-    for _, names, _, fd in os.fwalk(path):
-        for name in names:
-            status = os.stat(name, dir_fd=fd, follow_symlinks=False)
-            if stat.S_ISDIR(status.st_mode) and status.st_dev == top.st_dev:
-                _open_up(name, fd)
-    shutil.rmtree(path, ignore_errors=True)
-
-
-def _open_up(name: str, parent: int) -> None:
-    """Let us list and change a directory; opened by O_PATH and O_NOFOLLOW, so that it is that one and no other."""
-    fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_DIRECTORY, dir_fd=parent)
+        return
+    way = [
+        (path, _remove_files(fd))
+    ]  # from the top to where we are: the names, and the directories still in each
     try:
-        os.chmod(f"/proc/self/fd/{fd}", 0o700)
+        while len(way) > 1 or way[0][1]:
+            name, directories = way[-1]
+            if directories:
+                name = directories.pop()
+                with contextlib.suppress(OSError):
+                    fd = _exchanged(fd, _opened_up(name, fd))
+                    way.append((name, _remove_files(fd)))
+            else:
+                fd = _exchanged(fd, os.open("..", DIRECTORY, dir_fd=fd))
+                way.pop()
+                with contextlib.suppress(OSError):
+                    os.rmdir(name, dir_fd=fd)
     finally:
         os.close(fd)
+    with contextlib.suppress(OSError):
+        os.rmdir(path)
+
+
+def _remove_files(directory: int) -> list[str]:
+    """Remove what is no directory from an open one; the names of the directories in it."""
+    names = []
+    with contextlib.suppress(OSError), os.scandir(directory) as entries:
+        names = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
+    for name, is_directory in names:
+        if not is_directory:
+            with contextlib.suppress(OSError):
+                os.unlink(name, dir_fd=directory)
+    return [name for name, is_directory in names if is_directory]
+
+
+def _opened_up(name: str, parent: int) -> int:
+    """A directory, opened after we are let list and change it; O_NOFOLLOW, so that it is that one and no other."""
+    fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=parent)
+    try:
+        os.chmod(f"/proc/self/fd/{fd}", 0o700)
+        return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    finally:
+        os.close(fd)
+
+
+def _exchanged(old: int, new: int) -> int:
+    os.close(old)
+    return new
 
 
 def _remove_unfinished() -> list[str]:

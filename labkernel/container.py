@@ -134,14 +134,15 @@ class Container:
             raise BadOption(
                 f"--publish {publish[0]!r}: in the host's network every port is the host's already"
             )
+        kept = _capabilities(cap_drop, cap_add)
         process = Process(
             command=command,
             environment={"PATH": spec.PATH, "HOME": "/root", "HOSTNAME": hostname or identity, **environment},
             workdir=workdir,
             user=user,
             tty=tty,
-            capabilities=_capabilities(cap_drop, cap_add),
-            seccomp=_program(seccomp, _capabilities(cap_drop, cap_add)),
+            capabilities=kept,
+            seccomp=_program(seccomp, kept),
             no_new_privs=no_new_privs,
             init_too=seccomp in ("default", "unconfined"),
             rlimits=((resource.RLIMIT_NOFILE, NOFILE), (resource.RLIMIT_CORE, 0)),
@@ -151,7 +152,7 @@ class Container:
             name=self.name,
             rootfs="",
             process=process,
-            hostname=_checked_hostname(hostname or identity),
+            hostname=_checked_hostname(hostname) if hostname else identity,
             limits=limits,
             limits_required=frozenset(limits.given()) - set(ours.given()) if asked else frozenset(),
             read_only=read_only,
@@ -542,7 +543,9 @@ def _checked_hostname(name: str) -> str:
     return name
 
 
-def _check_publish(texts: Iterable[str]) -> None:
+def _check_publish(texts: Sequence[str]) -> None:
+    if not texts:
+        return
     from labkernel.relay import parse_publish
 
     for text in texts:

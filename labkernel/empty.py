@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import select
 import socket
 from dataclasses import dataclass, field
@@ -61,6 +62,16 @@ class Empty:
             alike = self.like.ground == spec.ground and self.image == identity(spec.rootfs)
             return alike and self.built == b"built" and not select.select([self.pidfd], [], [], 0)[0]
         return False
+
+    def step_aside(self) -> None:
+        """Let it run beside us and not after us, where there is another processor; it takes ours back itself.
+
+        Whoever waits for a message is woken on the processor of its sender, who is taken to go to sleep then
+        (WF_SYNC in kernel/sched/fair.c). But we go on.
+        """
+        with contextlib.suppress(OSError):
+            if others := os.sched_getaffinity(self.pid) - {syscalls.getcpu()}:
+                os.sched_setaffinity(self.pid, others)
 
     def give(self, order: Order) -> None:
         """Let it become the container of this order, all but its program."""
@@ -117,11 +128,12 @@ def make(
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         undo.callback(ours.close)
         closing.callback(theirs.close)
+        words = pickle.dumps({"spec": like, "logged": []})
         flags = namespaces.flags(like.namespaces - {"cgroup"})
 
         def first() -> NoReturn:
             os.umask(UMASK)
-            walls.put_up(theirs, doors, like, rootfs, writable)
+            walls.put_up(theirs, doors, like, words, rootfs, writable)
 
         pid, pidfd = fork(first, flags, into)
         undo.callback(os.close, pidfd)

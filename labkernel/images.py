@@ -43,10 +43,9 @@ def rootfs(image: str = STANDARD, *, progress: Progress | None = None) -> Path:
         if not os.path.isdir(image):
             raise NoSuchImage(f"{image} is not a directory")
         return Path(image)
-    if (known := _known.get((image, state.home()))) and known.is_dir():
-        return (
-            known  # whether it is up to date is looked at once a process: that takes longer than a container
-        )
+    # Whether it is up to date is looked at once a process: that takes longer than a container.
+    if (known := _known.get((image, state.home()))) and os.path.isdir(known):
+        return known
     built = stored(image, progress=progress)
     place = unpacked(image, built.tarball, built.digest, progress=progress)
     if image == STANDARD:

@@ -21,6 +21,7 @@ import pickle
 import select
 import signal
 import socket
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -72,6 +73,7 @@ class Launcher:
         self.control: socket.socket | None = control
         self.no_containers = no_containers
         self.id_maps = users.own_map()
+        self.container_map = users.container_map(self.id_maps)
         if os.geteuid() == 0:  # of the machine, or of a user namespace: ours, or one that we were started in
             try:
                 _own_mounts()
@@ -89,7 +91,8 @@ class Launcher:
         """What can wait until there is nothing else to do."""
         self.last: Message = {}
         """The last request for a container."""
-        self.ended = str(state.ended(os.getpid()))
+        self.containers = str(state.containers())
+        self.ended, self.made_in = str(state.ended(os.getpid())), str(state.spare(os.getpid()))
         self.poll.register(control, select.EPOLLIN)
         self.wakeup, signal_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self.poll.register(self.wakeup, select.EPOLLIN)
@@ -122,14 +125,12 @@ class Launcher:
         self.ending = True
 
     def _control_event(self, control: socket.socket) -> None:
-        data, fds, _, _ = socket.recv_fds(control, 16, 64)
+        data, fds = walls.received(control, 64)
         if not data:
             self.poll.unregister(control)
             control.close()
             self.control = None
             return
-        for fd in fds:
-            os.set_inheritable(fd, False)
         channel = socket.socket(fileno=fds[0])
         try:
             request: Message = pickle.loads(_contents(fds[1]))
@@ -182,7 +183,7 @@ class Launcher:
 
     def do_facts(self, _: Message, channel: socket.socket, __: list[int]) -> None:
         """Tell what this launcher has to work with: the doctor's question."""
-        maps = users.container_map(self.id_maps)
+        maps = self.container_map
         facts = {
             "id_maps": [asdict(entry) for entry in self.id_maps],
             "container_map": asdict(maps[0]) | {"count": sum(entry.count for entry in maps)},
@@ -227,18 +228,18 @@ class Launcher:
         if self.no_containers and "user" in spec.namespaces:
             raise PermissionError(errno.EPERM, self.no_containers)
         self.last = request
-        directory = str(spec.directory)
+        directory = self._directory(spec)
         with contextlib.ExitStack() as undo, contextlib.ExitStack() as closing:
             limits, listeners = self._limits(spec), _listeners(spec, closing)
             undo.callback(cleanup.remove_tree, directory)
             undo.callback(state.free_name, spec.name, spec.id)
             vessel = self._take_spare(spec, limits)
             if vessel:
-                made_in = str(state.spare(os.getpid()))
-                undo.callback(cleanup.remove_tree, made_in)
+                undo.callback(cleanup.remove_tree, self.made_in)
                 undo.callback(vessel.end)
                 # First of all: what it does with the order takes as long as what is left for us.
-                vessel.give(self._order(request, made_in, channel, fds, closing))
+                vessel.step_aside()
+                vessel.give(self._order(request, self.made_in, channel, fds, closing))
             record = self._record(request)
             # Where no port of the host was named, the kernel has chosen one.
             record["publish"] = [one.text(listener.getsockname()[1]) for one, listener in listeners]
@@ -247,8 +248,8 @@ class Launcher:
                 record |= _running(vessel, limits)
                 with _explained_home(), _holding_containers():
                     state.take_name(spec.name, spec.id)
-                    state.write_record(made_in, record)
-                    os.rename(made_in, directory)
+                    state.write_record(self.made_in, record)
+                    os.rename(self.made_in, directory)
             else:
                 self._sweep()
                 record["group"] = state.PREFIX + spec.id
@@ -339,6 +340,8 @@ class Launcher:
                 f"limits are asked for ({', '.join(refused)}) that cannot be set here: "
                 + (self.no_cgroup or f"the controllers {', '.join(missing)} are not handed to us"),
             )
+        if not lacking:
+            return spec.limits
         none = cgroups.Limits()
         return replace(spec.limits, **{name: getattr(none, name) for name in lacking})
 
@@ -352,8 +355,11 @@ class Launcher:
             "process": spec.process.as_record(), "namespaces": sorted(spec.namespaces),
         }  # fmt: skip
 
+    def _directory(self, spec: Spec) -> str:
+        return f"{self.containers}/{spec.id}"
+
     def _id_maps(self, spec: Spec) -> tuple[users.IdMap, ...]:
-        return users.container_map(self.id_maps) if "user" in spec.namespaces else ()
+        return self.container_map if "user" in spec.namespaces else ()
 
     def _order(
         self, request: Message, directory: str,
@@ -371,8 +377,8 @@ class Launcher:
         spare = self.spare
         if spare is None or spec.limits.cpuset_cpus or not spare.fits(spec):
             return None
-        if not spare.limits.given().keys() <= limits.given().keys():  # one would have to be taken away again
-            return None
+        if spare.limits != limits and not spare.limits.given().keys() <= limits.given().keys():
+            return None  # one would have to be taken away again
         self.spare = None
         return spare
 
@@ -387,7 +393,7 @@ class Launcher:
         self._end_spare()
         if not like.rootfs.startswith(f"{state.home()}/"):
             return
-        directory, name = str(state.spare(os.getpid())), state.PREFIX + _random_name()
+        directory, name = self.made_in, state.PREFIX + _random_name()
         with contextlib.suppress(OSError), contextlib.ExitStack() as undo:
             undo.callback(cleanup.remove_tree, directory)
             os.mkdir(directory)
@@ -415,7 +421,6 @@ class Launcher:
         with contextlib.ExitStack() as closing:
             _listeners(replace(spec, publish=()), closing)
             json.dumps(self._record(request) | _running(spare, limits))
-            str(spec.directory)
 
     def _end_spare(self) -> None:
         if self.spare:
@@ -425,7 +430,7 @@ class Launcher:
 
     def _ended(self, running: Running, status: int) -> Message:
         """Remove what the container was made of, and say how it ended and what it used."""
-        spec, group, directory = running.spec, running.group, str(running.spec.directory)
+        spec, group, directory = running.spec, running.group, self._directory(running.spec)
         self.chores = [self._sweep, self._make_spare]
         if running.relay:
             end_now(*running.relay)
@@ -449,7 +454,8 @@ class Launcher:
     def _throw_away(self, directory: str) -> None:
         """Put a directory where it will be removed: that takes as long as the disk wants, and nobody waits for it."""
         try:
-            os.makedirs(self.ended, exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(self.ended)
             os.rename(directory, f"{self.ended}/{_random_name()}")
         except OSError:  # a full disk may have no room for the rename, but it has for this
             cleanup.remove_tree(directory)
@@ -615,7 +621,7 @@ def _open_up_pipes(fds: list[int]) -> None:
     harm: a pipe has no name but the descriptors of those who hold it, and these the kernel guards (man 2 ptrace).
     """
     for fd in fds:
-        if os.readlink(f"/proc/self/fd/{fd}").startswith("pipe:"):
+        if stat.S_ISFIFO(os.fstat(fd).st_mode) and os.readlink(f"/proc/self/fd/{fd}").startswith("pipe:"):
             with contextlib.suppress(PermissionError):  # somebody else's, that our caller was given
                 os.fchmod(fd, 0o666)
 
@@ -713,9 +719,7 @@ def _send(channel: socket.socket, message: Message) -> None:
 
 def _contents(fd: int) -> bytes:
     """What the asker wrote into a memfd."""
-    os.lseek(fd, 0, os.SEEK_SET)
-    with open(fd, "rb", closefd=False) as file:
-        return file.read()
+    return os.pread(fd, os.fstat(fd).st_size, 0)
 
 
 def _described(error: BaseException) -> Message:
@@ -818,9 +822,9 @@ def _take_name(name: str) -> None:
     """Be `name` to ps, here and in the containers, whose init is a copy of us: our arguments tell paths of the host."""
     with open("/proc/self/comm", "w", encoding="ascii") as file:
         file.write(name)
-    with open("/proc/self/stat", "rb") as stat:
+    with open("/proc/self/stat", "rb") as file:
         start, end = map(
-            int, stat.read().rpartition(b")")[2].split()[45:47]
+            int, file.read().rpartition(b")")[2].split()[45:47]
         )  # arg_start, arg_end; man 5 proc
     ctypes.memset(start, 0, end - start)
     ctypes.memmove(start, name.encode(), min(len(name), end - start - 1))

@@ -190,6 +190,8 @@ def take_name(name: str, identity: str) -> None:
 
 def free_name(name: str, identity: str) -> None:
     """Give a name back that `take_name` kept for this container."""
+    if name == identity:
+        return
     try:
         if os.readlink(names() / name) == identity:
             (names() / name).unlink()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import io
 import os
 import pickle
 import resource
@@ -17,6 +18,7 @@ import signal
 import socket
 import struct
 import sys
+from array import array
 from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, NoReturn, TypeVar
@@ -65,12 +67,14 @@ TIOCSPTLCK, TIOCGPTN = 0x40045431, 0x80045430
 """Unlock a pseudo-terminal, and ask for its number; <asm-generic/ioctls.h>, man 2 TIOCSPTLCK."""
 
 
-def put_up(orders: socket.socket, doors: tuple[int, ...], like: Spec, rootfs: int, writable: int) -> NoReturn:
+def put_up(
+    orders: socket.socket, doors: tuple[int, ...], like: Spec, words: bytes, rootfs: int, writable: int
+) -> NoReturn:
     """Be the first process of a container: build it, start the program in it, and be its init.
 
-    What is built first is the same for all containers `like` this. Then comes the order: at once, or when there is a
-    use for a container made in advance. Before the program runs we wait for one more word, until the launcher has set
-    the limits and written down what there will be to remove.
+    What is built first is the same for all containers `like` this. Then comes the order, whose words are likely to be
+    `words`: at once, or when there is a use for a container made in advance. Before the program runs we wait for one
+    more word, until the launcher has set the limits and written down what there will be to remove.
     """
     keep_only((orders.fileno(), *doors, rootfs, writable))
     trouble = None
@@ -79,9 +83,12 @@ def put_up(orders: socket.socket, doors: tuple[int, ...], like: Spec, rootfs: in
         build(like, rootfs, writable)
     except Exception as error:
         trouble = error  # told when there is somebody to tell it to
+    processors = os.sched_getaffinity(0)
     orders.send(b"failed" if trouble else b"built")
-    rehearse(orders, like)
+    rehearse(orders, words)
     order = receive(orders)
+    if os.sched_getaffinity(0) != processors:  # the launcher has kept us off its own
+        os.sched_setaffinity(0, processors)
     try:
         if trouble:
             raise trouble
@@ -115,7 +122,7 @@ def take_place(orders: socket.socket, kinds: frozenset[str], doors: tuple[int, .
     mounts.set_propagation("/", "private")
 
 
-def rehearse(orders: socket.socket, like: Spec) -> None:
+def rehearse(orders: socket.socket, words: bytes) -> None:
     """While there is no order: do what it will take, so that the memory for it is ours then, and not the launcher's.
 
     Nothing of it changes anything, or it is done again: what cannot be done now fails then, and in words.
@@ -123,7 +130,7 @@ def rehearse(orders: socket.socket, like: Spec) -> None:
     if select.select([orders], [], [], 0)[0]:
         return
     with contextlib.suppress(Exception):
-        process: Process = pickle.loads(pickle.dumps(like)).process
+        process = spec_in(words)[0].process
         for limit, _ in process.rlimits:
             resource.getrlimit(limit)
         look_up_user(process.user)
@@ -135,13 +142,23 @@ def receive(orders: socket.socket) -> Order:
     """Wait for the order; without a launcher there will be none."""
     fds: list[int] = []
     while not fds:  # what comes without is older: what was not read because something failed before
-        words, fds, _, _ = socket.recv_fds(orders, 16, MOST_DESCRIPTORS)
+        words, fds = received(orders, MOST_DESCRIPTORS)
         if not words:
             os._exit(SET_UP_FAILED)
     keep_only((orders.fileno(), *fds))
-    for fd in fds:
-        os.set_inheritable(fd, False)  # what comes by a socket goes through exec, if nobody forbids it
     return Order.received(fds)
+
+
+def received(sock: socket.socket, most: int) -> tuple[bytes, list[int]]:
+    """A short message and the descriptors that came with it, which no execve shall hand on; b"" for a closed socket.
+
+    `socket.recv_fds` leaves out the flag that says so, and would have each be closed to execve by a call of its own.
+    """
+    fds = array("i")
+    words, ancillary, _, _ = sock.recvmsg(16, socket.CMSG_LEN(most * fds.itemsize), socket.MSG_CMSG_CLOEXEC)
+    for _, _, data in ancillary:  # what is sent by this kind of socket can be nothing but descriptors
+        fds.frombytes(data)
+    return words, fds.tolist()
 
 
 class Plain(pickle.Unpickler):
@@ -156,9 +173,12 @@ class Plain(pickle.Unpickler):
 
 def read_spec(order: Order) -> tuple[Spec, list[int]]:
     """What the container shall be, and which streams go to its log, from the order's file."""
-    os.lseek(order.spec, 0, os.SEEK_SET)
-    with open(order.spec, "rb", closefd=False) as file:
-        request = Plain(file).load()
+    return spec_in(os.pread(order.spec, os.fstat(order.spec).st_size, 0))
+
+
+def spec_in(words: bytes) -> tuple[Spec, list[int]]:
+    """What such a file says."""
+    request = Plain(io.BytesIO(words)).load()
     return request["spec"], request["logged"]
 
 

@@ -314,6 +314,31 @@ chmod 0 /tmp/a/b /tmp/a /tmp/c"""
         assert not container.spec.directory.exists()
 
 
+def test_a_tree_that_is_deeper_than_a_path_can_say_is_removed_and_ends_nobody(tmp_path: Path) -> None:
+    """Whoever removes a tree by calling himself for each directory in it ends amid."""
+    (tmp_path / "kept").write_text("kept")
+    script = f"""
+import os
+os.symlink({str(tmp_path)!r}, "/root/out")
+os.chdir("/root")
+for _ in range(5000):
+    os.mkdir("below")
+    os.symlink("/", "link")
+    os.chdir("below")"""
+    before = children.launcher().process.pid
+    neighbour = Container("python", ["sleep", "60"]).start()
+    assert Container("python", ["python3", "-c", script]).run().returncode == 0
+    ended = state.ended(before)
+    end = time.monotonic() + 60
+    while ended.exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert neighbour.running()
+    assert neighbour.kill() == 137
+    assert children.launcher().process.pid == before
+    assert (tmp_path / "kept").read_text() == "kept"
+
+
 def test_a_container_with_groups_of_its_own_below_and_many_processes() -> None:
     if facts()["cgroup_version"] is None:
         pytest.skip(f"no limits here: {facts()['no_cgroup']}")

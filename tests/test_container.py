@@ -1157,6 +1157,23 @@ def test_a_root_file_system_of_the_readers_own_may_be_changed_between_two_contai
         shutil.rmtree(place)
 
 
+def test_a_program_may_run_on_every_processor_that_the_launcher_may() -> None:
+    """The first process of a container that was made in advance is kept off the launcher's own for a moment."""
+    children.close_launcher()
+    mine = os.sched_getaffinity(0)
+    program = "import os; print(*sorted(os.sched_getaffinity(0)))"
+    try:
+        for allowed in (mine, {min(mine)}):
+            os.sched_setaffinity(children.launcher().process.pid, allowed)
+            for _ in range(3):
+                ended = Container("python", ["python3", "-c", program]).run()
+                assert ended.stdout.split() == [b"%d" % number for number in sorted(allowed)]
+                time.sleep(0.1)
+            children.close_launcher()
+    finally:
+        children.close_launcher()
+
+
 def test_a_container_like_none_before_is_made_as_well() -> None:
     """The one that is made in advance is like the last; each of these is unlike it."""
     for options in (

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import os
+import pickle
 import platform
 import re
 import socket
@@ -847,7 +848,7 @@ def test_what_cannot_be_rehearsed_does_no_harm() -> None:
 
     def work() -> None:
         _, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        walls.rehearse(theirs, like)
+        walls.rehearse(theirs, pickle.dumps({"spec": like, "logged": []}))
 
     in_child(work)
 

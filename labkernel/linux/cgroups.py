@@ -161,7 +161,7 @@ class Cgroup(ABC):
     def remove(self, timeout: float = 5.0) -> None:
         """Remove the group's directories; waits up to `timeout` seconds for processes that are just ending."""
         for path in dict.fromkeys(self.paths.values()):
-            remove_directory(Path(path), timeout)
+            remove_directory(path, timeout)
 
 
 class CgroupParent(ABC):
@@ -336,12 +336,12 @@ def parse_pressure(files: Iterable[tuple[str, str]]) -> dict[str, float]:
     return found
 
 
-def remove_directory(path: Path, timeout: float) -> None:
+def remove_directory(path: str | os.PathLike[str], timeout: float) -> None:
     """rmdir a group; a process that ends leaves its group a moment after it can no longer be seen."""
     end = time.monotonic() + timeout
     while True:
         try:
-            path.rmdir()
+            os.rmdir(path)
             return
         except FileNotFoundError:
             return

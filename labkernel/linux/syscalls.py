@@ -229,6 +229,11 @@ def prctl(option: int, arg2: int = 0, arg3: int = 0, arg4: int = 0, arg5: int = 
     return check(libc.prctl(option, arg2, arg3, arg4, arg5), "prctl", f"option {option}, {arg2}")
 
 
+def getcpu() -> int:
+    """The number of the processor that runs the caller at this moment. man 3 sched_getcpu."""
+    return check(libc.sched_getcpu(), "sched_getcpu")
+
+
 def block_signals(mask: int = ALL_SIGNALS) -> int:
     """Block exactly the signals whose bits are set (bit 0 is signal 1); returns the mask as it was. man 2 sigprocmask.
 
