@@ -16,7 +16,7 @@ import subprocess
 import time
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from types import TracebackType
 from typing import Any, Self
@@ -186,7 +186,7 @@ class Container:
         if self._channel:
             raise RuntimeError("this container has been started already; make another")
         rootfs = _rootfs(self.image)
-        self.spec = replace(self.spec, rootfs=rootfs)
+        self.spec = self.spec._replace(rootfs=rootfs)
         launcher = children.launcher()
         with contextlib.ExitStack() as closing:
             fds = [_opened(stdin, os.O_RDONLY, closing)]
@@ -316,8 +316,7 @@ class Container:
         user: str | None = None, env: Mapping[str, str] | None = None, workdir: str | None = None,
     ) -> Completed:  # fmt: skip
         """Run one more program inside, behind the same walls, and wait for its end. Raises as `run` does."""
-        process = replace(
-            self.spec.process,
+        process = self.spec.process._replace(
             command=_checked_command(command),
             tty=False,
             environment={**self.spec.process.environment, **_checked_environment(env or {})},

@@ -12,7 +12,6 @@ import os
 import pickle
 import select
 import socket
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NoReturn
 
@@ -25,25 +24,27 @@ UMASK = 0o022
 """Of a container's processes, as Docker has it, and not the caller's: 077 would close the container to its users."""
 
 
-@dataclass
 class Empty:
     """An empty container: whoever has it gives the order, or ends it."""
 
-    like: Spec
-    """The container that it is like."""
-    image: tuple[int, int]
-    """Which directory its root stands on, by device and inode: another may come to have the same path."""
-    pid: int
-    pidfd: int
-    init: state.ProcessKey
-    orders: socket.socket
-    mounts: int
-    """Its mount namespace. While somebody has it open, its processes need not take it apart when they end."""
-    group: cgroups.Cgroup | None
-    name: str
-    """What its group is called, or would be."""
-    limits: cgroups.Limits = field(default_factory=cgroups.Limits)
-    """Those that its group has."""
+    def __init__(
+        self, like: Spec, image: tuple[int, int], pid: int, pidfd: int, orders: socket.socket,
+        group: cgroups.Cgroup | None, name: str, limits: cgroups.Limits,
+    ) -> None:  # fmt: skip
+        self.like = like
+        """The container that it is like."""
+        self.image = image
+        """Which directory its root stands on, by device and inode: another may come to have the same path."""
+        self.pid, self.pidfd = pid, pidfd
+        self.init = state.ProcessKey.of(pid)
+        self.orders = orders
+        self.mounts = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        """Its mount namespace. While somebody has it open, its processes need not take it apart when they end."""
+        self.group = group
+        self.name = name
+        """What its group is called, or would be."""
+        self.limits = limits
+        """Those that its group has."""
 
     @cached_property
     def built(self) -> bytes:
@@ -140,11 +141,10 @@ def make(
         undo.callback(end_now, pid, pidfd)
         if "user" in like.namespaces:
             users.write_maps(pid, id_maps)
-        init = state.ProcessKey.of(pid)
-        mount_namespace = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        made = Empty(like, image, pid, pidfd, ours, group, name, limits)
         ours.send(b"mapped")
         undo.pop_all()
-    return Empty(like, image, pid, pidfd, init, ours, mount_namespace, group, name, limits)
+    return made
 
 
 def lay_out(directory: str, owner: int) -> None:

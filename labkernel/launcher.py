@@ -25,8 +25,7 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from labkernel import cleanup, empty, state, walls
 from labkernel.linux import cgroups, mounts, namespaces, syscalls, users
@@ -39,8 +38,7 @@ QUIET = 0.005
 """Seconds without anything to do after which we tidy up, and make an empty container for the next one."""
 
 
-@dataclass
-class Child:
+class Child(NamedTuple):
     """A process that the launcher started, and what has to be done when it ends."""
 
     pid: int
@@ -54,8 +52,7 @@ class Child:
     """What remains to be done when the last message has been sent."""
 
 
-@dataclass
-class Running:
+class Running(NamedTuple):
     """A container that runs: what `at_end` needs to take it down."""
 
     spec: Spec
@@ -63,7 +60,6 @@ class Running:
     group: cgroups.Cgroup | None
     relay: tuple[int, int] | None = None
     """pid and pidfd of the process that carries its published ports."""
-    undo: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
 
 class Launcher:
@@ -185,8 +181,8 @@ class Launcher:
         """Tell what this launcher has to work with: the doctor's question."""
         maps = self.container_map
         facts = {
-            "id_maps": [asdict(entry) for entry in self.id_maps],
-            "container_map": asdict(maps[0]) | {"count": sum(entry.count for entry in maps)},
+            "id_maps": [entry._asdict() for entry in self.id_maps],
+            "container_map": maps[0]._asdict() | {"count": sum(entry.count for entry in maps)},
             "cgroup_version": self.parent.version if self.parent else None,
             "controllers": sorted(self.parent.controllers) if self.parent else [],
             "no_cgroup": self.no_cgroup,
@@ -264,17 +260,18 @@ class Launcher:
                 with _explained_home():
                     state.write_record(directory, record)
             pid, group = vessel.pid, vessel.group
-            running = Running(spec, record, group)
+            relay = None
             if listeners:
-                running.relay = _start_relay(listeners, pid)
-                undo.callback(os.close, running.relay[1])
-                undo.callback(end_now, *running.relay)
+                relay = _start_relay(listeners, pid)
+                undo.callback(os.close, relay[1])
+                undo.callback(end_now, *relay)
             if spec.network == "bridge":
                 self._network().attach(pid, spec.id, spec.name)
                 undo.callback(self._detach, spec.id)
             killers = [lambda: kill(vessel.pidfd), *([lambda: _thaw(group)] if group else [])]
             vessel.go()  # before the asker is told anything: he would take the processor from it
             undo.pop_all()
+        running = Running(spec, record, group, relay)
         _send(channel, {"pid": pid, "cgroup": record["cgroup"]})
         self.detached = self.detached or spec.detach
         self._watch(
@@ -343,14 +340,14 @@ class Launcher:
         if not lacking:
             return spec.limits
         none = cgroups.Limits()
-        return replace(spec.limits, **{name: getattr(none, name) for name in lacking})
+        return spec.limits._replace(**{name: getattr(none, name) for name in lacking})
 
     def _record(self, request: Message) -> Message:
         """What is written down of a container before it is made."""
         spec: Spec = request["spec"]
         return {
             "id": spec.id, "name": spec.name, "state": "created", "created": time.time(), "image": request["image"],
-            "command": list(spec.process.command), "launcher": asdict(self.key),
+            "command": list(spec.process.command), "launcher": self.key._asdict(),
             "publish": list(spec.publish), "remove": spec.remove, "network": spec.network,
             "process": spec.process.as_record(), "namespaces": sorted(spec.namespaces),
         }  # fmt: skip
@@ -419,7 +416,7 @@ class Launcher:
             spare.group.stats()
             spare.group.pids()
         with contextlib.ExitStack() as closing:
-            _listeners(replace(spec, publish=()), closing)
+            _listeners(spec._replace(publish=()), closing)
             json.dumps(self._record(request) | _running(spare, limits))
 
     def _end_spare(self) -> None:
@@ -585,7 +582,7 @@ def _running(vessel: empty.Empty, limits: cgroups.Limits) -> Message:
         "cgroup": vessel.group.places if vessel.group else None,
         "limits": limits.given(),
         "state": "running",
-        "init": asdict(vessel.init),
+        "init": vessel.init._asdict(),
         "pid": vessel.pid,
     }
 
@@ -806,7 +803,7 @@ def main(control_fd: int, join: int | None = None) -> None:
     record = state.launchers() / f"{key.pid}.json"
     with _explained_home():
         record.parent.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(asdict(key)))
+        record.write_text(json.dumps(key._asdict()))
     try:
         launcher = Launcher(socket.socket(fileno=control_fd), no_containers)
         cleanup.clean(launcher.parent)

@@ -433,7 +433,7 @@ def _proc(name: str) -> str:
 
 
 def _from_stats(stats: Stats) -> dict[str, Any]:
-    return {name: value for name, value in asdict(stats).items() if name in COLUMNS}
+    return {name: value for name, value in stats._asdict().items() if name in COLUMNS}
 
 
 def _larger(before: tuple[int, int], now: tuple[int, int]) -> tuple[int, int]:

@@ -25,7 +25,7 @@ import select
 import signal
 import struct
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 
 from labkernel.container import Container
@@ -136,8 +136,8 @@ def observe(container: Container, *, timeout: float = 60.0, enough: float | None
     *timeout*: seconds after which it is killed, and TimeoutError raised. *enough*: for a program that does not end,
     the seconds after which it is asked to (SIGTERM). Raises what `Container.start` raises.
     """
-    process = replace(container.spec.process, observed=program())
-    container.spec = replace(container.spec, process=process)
+    process = container.spec.process._replace(observed=program())
+    container.spec = container.spec._replace(process=process)
     now = time.monotonic()
     with contextlib.ExitStack() as closing:
         ends = [os.pipe(), os.pipe()]

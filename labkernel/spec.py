@@ -9,10 +9,9 @@ import os
 import re
 import stat
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from labkernel.linux import disks
 from labkernel.linux.cgroups import Limits
@@ -33,8 +32,7 @@ class BadOption(ValueError):
     """An option with a value that cannot be meant; the text names the option, the value, and what is allowed."""
 
 
-@dataclass(frozen=True)
-class Volume:
+class Volume(NamedTuple):
     """A directory of the host that is seen inside: --volume SRC:DST[:ro]."""
 
     source: str
@@ -60,8 +58,7 @@ class Volume:
         return cls(os.path.realpath(source), os.path.normpath(target), mode == "ro")
 
 
-@dataclass(frozen=True)
-class Process:
+class Process(NamedTuple):
     """A program to be run inside, and as whom."""
 
     command: tuple[str, ...]
@@ -108,8 +105,7 @@ class Process:
         )
 
 
-@dataclass(frozen=True)
-class Spec:
+class Spec(NamedTuple):
     """Everything that the launcher needs to start a container."""
 
     id: str
@@ -117,7 +113,7 @@ class Spec:
     rootfs: str
     process: Process
     hostname: str
-    limits: Limits = field(default_factory=Limits)
+    limits: Limits = Limits()
     limits_required: frozenset[str] = frozenset()
     """The limits (fields of `Limits`) that were asked for; the others are our defaults, left out where they must be."""
     read_only: bool = False
@@ -142,8 +138,7 @@ class Spec:
         return self.rootfs, self.namespaces, self.masked_paths
 
 
-@dataclass(frozen=True)
-class Order:
+class Order(NamedTuple):
     """What an empty container is told to become: descriptors, which are sent to its first process."""
 
     spec: int

@@ -8,10 +8,9 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from labkernel.linux import cgroups
 
@@ -88,8 +87,7 @@ def locked(directory: Path, *, wait: bool = True) -> Iterator[bool]:
         os.close(fd)
 
 
-@dataclass(frozen=True)
-class ProcessKey:
+class ProcessKey(NamedTuple):
     """A process, told apart from a later one that got the same pid: by its start and by the machine's boot."""
 
     pid: int

@@ -11,7 +11,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -565,7 +564,7 @@ def test_a_limit_that_the_kernel_refuses_leaves_nothing() -> None:
     children.launcher()
     before = everything_of_ours()
     container = Container("python", ["true"], memory="64M")
-    container.spec = replace(container.spec, limits=Limits(memory=64 * MIB, cpus=1e9))
+    container.spec = container.spec._replace(limits=Limits(memory=64 * MIB, cpus=1e9))
     with pytest.raises(OSError, match="write"):
         container.run()
     assert state.records() == []

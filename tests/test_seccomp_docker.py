@@ -17,7 +17,7 @@ from labkernel.linux.seccomp_docker import Difference, entries, facts, fingerpri
 @pytest.fixture(params=["x86_64", "aarch64"])
 def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Both machines, whichever this is: what a profile says there."""
-    monkeypatch.setattr(platform, "machine", lambda: request.param)
+    monkeypatch.setattr(seccomp, "MACHINE", request.param)
     seccomp.default_profile.cache_clear()
     yield request.param
     seccomp.default_profile.cache_clear()

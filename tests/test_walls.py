@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -387,7 +386,7 @@ def test_where_spawn_cannot_begin_a_session_init_is_copied(monkeypatch: pytest.M
     process = Container("python", ["true"]).spec.process
     walls.spawn_makes_sessions.cache_clear()
     assert walls.spawns(process)
-    assert not walls.spawns(replace(process, tty=True))
+    assert not walls.spawns(process._replace(tty=True))
 
     def spawn(*_: object, setsid: bool) -> int:
         raise NotImplementedError("posix_spawn: setsid unavailable on this platform")

@@ -207,13 +207,10 @@ def _one_more(
     workdir: str | None, tty: bool,
 ) -> Any:  # fmt: skip
     """A further program for a running container, with all that its first one was given; options go before."""
-    from dataclasses import replace
-
     from labkernel.spec import Process
 
     like_the_first = Process.from_record(record["process"], command, tty)
-    return replace(
-        like_the_first,
+    return like_the_first._replace(
         environment={**like_the_first.environment, **env},
         user=user or like_the_first.user,
         workdir=workdir or like_the_first.workdir,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from labkernel import spec
@@ -134,7 +134,8 @@ def _limits(options: dict[str, Any]) -> Limits:
         if field.endswith("bps") and ANY_DISK in options.get(option, {})
     }
     shown = {OPTIONS[field] for field in rates}
-    return replace(spec.make_limits(**{o: value for o, value in options.items() if o not in shown}), **rates)
+    plain = spec.make_limits(**{o: value for o, value in options.items() if o not in shown})
+    return plain._replace(**rates)
 
 
 def _files(settings: Callable[[Limits], Iterable[tuple[str, str]]], limits: Limits, field: str) -> Files:

@@ -12,8 +12,8 @@ import errno
 import os
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 from labkernel.linux import syscalls
 from labkernel.linux.syscalls import PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, PR_CAPBSET_DROP, libc
@@ -69,8 +69,7 @@ class Capability(IntEnum):
     CAP_CHECKPOINT_RESTORE = 40
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """What the default set does with one capability, and why."""
 
     capability: Capability
@@ -186,8 +185,7 @@ DOCKER_DEFAULT: frozenset[int] = frozenset(choice.capability.value for choice in
 ALL: frozenset[int] = frozenset(member.value for member in Capability)
 
 
-@dataclass(frozen=True)
-class CapabilitySets:
+class CapabilitySets(NamedTuple):
     """The five sets of one process, by number."""
 
     permitted: frozenset[int]
@@ -318,8 +316,7 @@ FILE_ATTRIBUTE = "security.capability"
 VFS_CAP_REVISION_2, VFS_CAP_REVISION_3, VFS_CAP_FLAGS_EFFECTIVE = 0x02000000, 0x03000000, 0x1
 
 
-@dataclass(frozen=True)
-class FileCapabilities:
+class FileCapabilities(NamedTuple):
     """What a program file brings along at execve: struct vfs_cap_data of <linux/capability.h>, man 7 capabilities."""
 
     permitted: frozenset[int] = frozenset()

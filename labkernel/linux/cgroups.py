@@ -13,8 +13,8 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import NamedTuple
 
 CPU_PERIOD_USEC = 100_000
 """The period that a CPU quota refers to, the kernel's default: 0.1 s."""
@@ -24,8 +24,7 @@ class CgroupUnavailable(OSError):
     """No group of ours can be made here, or not with this controller; the text says why and what to do."""
 
 
-@dataclass(frozen=True)
-class Limits:
+class Limits(NamedTuple):
     """What a container may use; None leaves a limit as the kernel has it.
 
     memory, memory_high, memory_swap: bytes (swap alone, as v2 counts it). cpus: cores, 0.5 is half of one.
@@ -40,13 +39,12 @@ class Limits:
     cpu_weight: int | None = None
     cpuset_cpus: str | None = None
     pids: int | None = None
-    read_bps: Mapping[str, int] = field(default_factory=dict)
-    write_bps: Mapping[str, int] = field(default_factory=dict)
+    read_bps: Mapping[str, int] = {}
+    write_bps: Mapping[str, int] = {}
 
     def given(self) -> dict[str, object]:
         """Only the limits that are set."""
-        everything = {one.name: getattr(self, one.name) for one in fields(self)}
-        return {name: value for name, value in everything.items() if value not in (None, {})}
+        return {name: value for name, value in self._asdict().items() if value not in (None, {})}
 
 
 CONTROLLERS: Mapping[str, str] = {
@@ -63,8 +61,7 @@ CONTROLLERS: Mapping[str, str] = {
 """The controller (by its v2 name) that each field of `Limits` needs."""
 
 
-@dataclass(frozen=True)
-class Stats:
+class Stats(NamedTuple):
     """What a group has used, in the kernel's units: microseconds, bytes, processes, events. 0 where not counted."""
 
     cpu_usec: int = 0
@@ -87,7 +84,7 @@ class Stats:
     io_write_bytes: int = 0
 
 
-STAT_FIELDS = tuple(f.name for f in fields(Stats))
+STAT_FIELDS = Stats._fields
 
 
 class Cgroup(ABC):
@@ -188,8 +185,7 @@ class CgroupParent(ABC):
         return [name for name in limits.given() if CONTROLLERS[name] not in self.controllers]
 
 
-@dataclass(frozen=True)
-class CgroupMount:
+class CgroupMount(NamedTuple):
     """A mounted cgroup hierarchy: where, which part of the tree, its version and controllers."""
 
     point: str

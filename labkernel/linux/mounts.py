@@ -11,8 +11,8 @@ import errno
 import os
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from labkernel.linux import capabilities, syscalls
 from labkernel.linux.syscalls import (
@@ -199,8 +199,7 @@ def pivot_root_into(new_root: PathLike) -> None:
     os.chdir("/")
 
 
-@dataclass(frozen=True)
-class Mount:
+class Mount(NamedTuple):
     """One line of /proc/PID/mountinfo; man 5 proc explains each field."""
 
     mount_id: int

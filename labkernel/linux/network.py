@@ -16,8 +16,7 @@ import struct
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from labkernel.linux import syscalls
 
@@ -58,8 +57,7 @@ def entered(netns: int) -> Iterator[None]:
 # ---------------------------------------------------------------------- interfaces, addresses, routes
 
 
-@dataclass(frozen=True)
-class Interface:
+class Interface(NamedTuple):
     """A network interface, and what has gone through it."""
 
     number: int
@@ -85,8 +83,7 @@ End = tuple[str, str]
 """Where an end of a cable is: the name of a namespace, and the interface's."""
 
 
-@dataclass(frozen=True)
-class Route:
+class Route(NamedTuple):
     """A line of the main routing table: where packets to `destination` go next."""
 
     destination: str
@@ -359,8 +356,7 @@ def _interface_is(key: str, name: str) -> Expression:
 # ---------------------------------------------------------------------- the lab's network
 
 
-@dataclass(frozen=True)
-class Attachment:
+class Attachment(NamedTuple):
     """One container on the lab's network."""
 
     name: str

@@ -17,16 +17,15 @@ import ctypes
 import errno
 import json
 import os
-import platform
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache, lru_cache
 from operator import and_, eq, ge, gt
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from labkernel.linux import capabilities, syscalls
+from labkernel.linux.syscalls import MACHINE
 
 DEFAULT_PROFILE = Path(__file__).with_name("seccomp_default.toml")
 """The default profile: read it, every group of calls has its reason beside it."""
@@ -62,8 +61,7 @@ CALL_NUMBERS = (range(1024), range(0xF0000, 0xF0010))
 """Where there are numbers; the second range is ARM's own."""
 
 
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(NamedTuple):
     """A condition on one argument: `argument & mask == value` for MASKED_EQ, or `argument OPERATOR value`."""
 
     argument: int
@@ -72,8 +70,7 @@ class Comparison:
     mask: int = 0
 
 
-@dataclass(frozen=True)
-class Rule:
+class Rule(NamedTuple):
     """What is answered to some calls, if all the conditions hold. A call's first rule that fits counts."""
 
     calls: tuple[str, ...]
@@ -87,8 +84,7 @@ class Rule:
     why: str = ""
 
 
-@dataclass(frozen=True)
-class Profile:
+class Profile(NamedTuple):
     """Rules, and what is answered to every call that none of them speaks of."""
 
     rules: tuple[Rule, ...]
@@ -131,7 +127,7 @@ def _from_toml(text: str) -> Profile:
 
 
 def _rules_of_group(group: Mapping[str, Any]) -> Iterator[Rule]:
-    if platform.machine() not in group.get("machines", [platform.machine()]):
+    if MACHINE not in group.get("machines", [MACHINE]):
         return
     conditions: list[tuple[Comparison, ...]] = [()]
     if "equals" in group:  # the rules of one call are alternatives
@@ -160,10 +156,10 @@ def _from_docker(data: Mapping[str, Any]) -> Profile:
     rules = []
     for entry in data.get("syscalls") or ():
         includes, excludes = entry.get("includes") or {}, entry.get("excludes") or {}
-        goarch = _GO_NAMES.get(platform.machine(), platform.machine())
+        goarch = _GO_NAMES.get(MACHINE, MACHINE)
         if goarch not in includes.get("arches", [goarch]) or goarch in excludes.get("arches", ()):
             continue
-        if _numbers(includes.get("minKernel", "0")) > _numbers(platform.release()):
+        if _numbers(includes.get("minKernel", "0")) > _numbers(os.uname().release):
             continue
         rules += [
             Rule(
@@ -233,7 +229,7 @@ NUMBER, ARCH, ARGUMENTS = 0, 4, 16
 
 @lru_cache(maxsize=32)
 def compile_profile(
-    profile: Profile, kept: frozenset[int] = capabilities.DOCKER_DEFAULT, machine: str = platform.machine()
+    profile: Profile, kept: frozenset[int] = capabilities.DOCKER_DEFAULT, machine: str = MACHINE
 ) -> bytes:
     """Make the BPF program of a profile, ready for `install` on machines of that kind.
 

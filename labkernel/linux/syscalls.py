@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import errno as errnos
 import os
-import platform
 from collections.abc import Mapping
 
 # <linux/sched.h>
@@ -75,6 +74,9 @@ PR_CAP_AMBIENT_IS_SET = 1
 PR_CAP_AMBIENT_RAISE = 2
 PR_CAP_AMBIENT_CLEAR_ALL = 4
 
+MACHINE = os.uname().machine
+"""Of what kind the processor is: "x86_64" or "aarch64"."""
+
 # Numbers of calls that glibc before 2.36 does not wrap. The newer ones are the same on every architecture;
 # pivot_root is older than that agreement. <asm/unistd.h>
 SYS_open_tree = 428
@@ -82,9 +84,9 @@ SYS_move_mount = 429
 SYS_clone3 = 435
 SYS_close_range = 436
 SYS_mount_setattr = 442
-SYS_seccomp = {"x86_64": 317, "aarch64": 277}.get(platform.machine(), 317)
-SYS_rt_sigaction = {"x86_64": 13, "aarch64": 134}.get(platform.machine(), 13)
-SYS_pivot_root = {"x86_64": 155, "aarch64": 41}.get(platform.machine(), 155)
+SYS_seccomp = {"x86_64": 317, "aarch64": 277}.get(MACHINE, 317)
+SYS_rt_sigaction = {"x86_64": 13, "aarch64": 134}.get(MACHINE, 13)
+SYS_pivot_root = {"x86_64": 155, "aarch64": 41}.get(MACHINE, 155)
 
 # What usually lies behind an errno, for the calls whose man pages list many reasons.
 USUAL_CAUSES: Mapping[tuple[str, int], str] = {

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import pwd
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from labkernel.linux import syscalls
 
@@ -20,13 +20,12 @@ ROOT_BASE = 0x6F000000
 (524288 to 1879048191, https://systemd.io/UIDS-GIDS/), near its end, where nobody else begins."""
 
 
-@dataclass(frozen=True)
-class IdMap:
+class IdMap(NamedTuple):
     """`count` ids from `inside` on are `outside`, `outside`+1, … in the parent user namespace."""
 
     inside: int
     outside: int
-    count: int
+    count: int  # type: ignore[assignment]  # instead of the tuple's method
 
     def line(self) -> str:
         """As /proc/PID/uid_map takes it."""
