@@ -7,13 +7,14 @@ found again, by the next launcher that starts or by `labkernel clean`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from labkernel import state
 from labkernel.linux import cgroups
@@ -187,33 +188,53 @@ def remove_tree(path: str) -> None:
     """Remove a container's directory, and leave what cannot be removed.
 
     What is in there, the container's programs have made. A link of theirs may lead to any file of the host: no link
-    is followed. Directories may lie deeper than a path can say, or than `shutil.rmtree` can call itself: only one is
-    open at a time. And some forbid to be listed, as one does that overlay leaves: they are opened up first.
+    is followed. Directories may lie deeper than a path can say, or than `shutil.rmtree` can call itself: not all the
+    way down is held open. So they may be moved while we are in them, by another container that was given a
+    descriptor, and what is above them be the host's: there we stop. And some forbid to be listed, as one does that
+    overlay leaves: they are opened up first. Nothing that is mounted in there is entered.
     """
     try:
         fd = os.open(path, DIRECTORY)
     except OSError:
         return
-    way = [
-        (path, _remove_files(fd))
-    ]  # from the top to where we are: the names, and the directories still in each
+    top = Level(path, _identity(fd), _remove_files(fd))
+    way = [top]
     try:
-        while len(way) > 1 or way[0][1]:
-            name, directories = way[-1]
-            if directories:
-                name = directories.pop()
+        while way != [top] or top.directories:
+            here = way[-1]
+            if here.directories:
+                name = here.directories.pop()
                 with contextlib.suppress(OSError):
-                    fd = _exchanged(fd, _opened_up(name, fd))
-                    way.append((name, _remove_files(fd)))
-            else:
+                    fd = _exchanged(fd, _opened_up(name, fd, top.identity[0]))
+                    way.append(Level(name, _identity(fd), _remove_files(fd)))
+                continue
+            way.pop()
+            try:
                 fd = _exchanged(fd, os.open("..", DIRECTORY, dir_fd=fd))
-                way.pop()
-                with contextlib.suppress(OSError):
-                    os.rmdir(name, dir_fd=fd)
+            except OSError:
+                return
+            if _identity(fd) != way[-1].identity:
+                return
+            with contextlib.suppress(OSError):
+                os.rmdir(here.name, dir_fd=fd)
     finally:
         os.close(fd)
     with contextlib.suppress(OSError):
         os.rmdir(path)
+
+
+class Level(NamedTuple):
+    """A directory on our way down: its name, which it is, and the names of the directories that are left in it."""
+
+    name: str
+    identity: tuple[int, int]
+    directories: list[str]
+
+
+def _identity(fd: int) -> tuple[int, int]:
+    """Which file an open one is: the device, and the number there."""
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
 
 
 def _remove_files(directory: int) -> list[str]:
@@ -228,11 +249,14 @@ def _remove_files(directory: int) -> list[str]:
     return [name for name, is_directory in names if is_directory]
 
 
-def _opened_up(name: str, parent: int) -> int:
+def _opened_up(name: str, parent: int, device: int) -> int:
     """A directory, opened after we are let list and change it; O_NOFOLLOW, so that it is that one and no other."""
     fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=parent)
     try:
-        os.chmod(f"/proc/self/fd/{fd}", 0o700)
+        if _identity(fd)[0] != device:
+            raise OSError(errno.EXDEV, f"on {name!r} something is mounted")
+        with contextlib.suppress(OSError):  # somebody else's; perhaps it does not forbid anything
+            os.chmod(f"/proc/self/fd/{fd}", 0o700)
         return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     finally:
         os.close(fd)

@@ -64,20 +64,24 @@ class Empty:
             return alike and self.built == b"built" and not select.select([self.pidfd], [], [], 0)[0]
         return False
 
-    def step_aside(self) -> None:
-        """Let it run beside us and not after us, where there is another processor; it takes ours back itself.
+    def kept_off(self) -> int | None:
+        """Keep it off the processor that we run on, where it has another: which one, for the order to give it back.
 
-        Whoever waits for a message is woken on the processor of its sender, who is taken to go to sleep then
-        (WF_SYNC in kernel/sched/fair.c). But we go on.
+        Else it would run after us and not beside us: whoever waits for a message is woken on the processor of its
+        sender, who is taken to go to sleep then (WF_SYNC in kernel/sched/fair.c). But we go on.
         """
         with contextlib.suppress(OSError):
-            if others := os.sched_getaffinity(self.pid) - {syscalls.getcpu()}:
-                os.sched_setaffinity(self.pid, others)
+            allowed, ours = os.sched_getaffinity(self.pid), syscalls.getcpu()
+            if ours in allowed and len(allowed) > 1:
+                os.sched_setaffinity(self.pid, allowed - {ours})
+                return ours
+        return None
 
-    def give(self, order: Order) -> None:
-        """Let it become the container of this order, all but its program."""
+    def give(self, order: Order, processor: int | None = None) -> None:
+        """Let it become the container of this order, all but its program; back on `processor`, if it was kept off."""
+        words = b"order" if processor is None else b"order %d" % processor
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # killed: its end will be told
-            socket.send_fds(self.orders, [b"order"], order.descriptors())
+            socket.send_fds(self.orders, [words], order.descriptors())
 
     def go(self) -> None:
         """Let the program run. Whoever is built is sure to end with us."""

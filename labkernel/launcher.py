@@ -234,8 +234,8 @@ class Launcher:
                 undo.callback(cleanup.remove_tree, self.made_in)
                 undo.callback(vessel.end)
                 # First of all: what it does with the order takes as long as what is left for us.
-                vessel.step_aside()
-                vessel.give(self._order(request, self.made_in, channel, fds, closing))
+                processor = vessel.kept_off()
+                vessel.give(self._order(request, self.made_in, channel, fds, closing), processor)
             record = self._record(request)
             # Where no port of the host was named, the kernel has chosen one.
             record["publish"] = [one.text(listener.getsockname()[1]) for one, listener in listeners]
@@ -716,7 +716,10 @@ def _send(channel: socket.socket, message: Message) -> None:
 
 def _contents(fd: int) -> bytes:
     """What the asker wrote into a memfd."""
-    return os.pread(fd, os.fstat(fd).st_size, 0)
+    content, size = b"", os.fstat(fd).st_size
+    while len(content) < size:  # one call gives 2 GiB at most
+        content += os.pread(fd, size - len(content), len(content))
+    return content
 
 
 def _described(error: BaseException) -> Message:

@@ -83,12 +83,9 @@ def put_up(
         build(like, rootfs, writable)
     except Exception as error:
         trouble = error  # told when there is somebody to tell it to
-    processors = os.sched_getaffinity(0)
     orders.send(b"failed" if trouble else b"built")
     rehearse(orders, words)
     order = receive(orders)
-    if os.sched_getaffinity(0) != processors:  # the launcher has kept us off its own
-        os.sched_setaffinity(0, processors)
     try:
         if trouble:
             raise trouble
@@ -146,6 +143,9 @@ def receive(orders: socket.socket) -> Order:
         if not words:
             os._exit(SET_UP_FAILED)
     keep_only((orders.fileno(), *fds))
+    if kept_off := words.partition(b" ")[2]:
+        with contextlib.suppress(OSError):  # meanwhile our cpuset may have lost it
+            os.sched_setaffinity(0, os.sched_getaffinity(0) | {int(kept_off)})
     return Order.received(fds)
 
 
@@ -156,8 +156,9 @@ def received(sock: socket.socket, most: int) -> tuple[bytes, list[int]]:
     """
     fds = array("i")
     words, ancillary, _, _ = sock.recvmsg(16, socket.CMSG_LEN(most * fds.itemsize), socket.MSG_CMSG_CLOEXEC)
-    for _, _, data in ancillary:  # what is sent by this kind of socket can be nothing but descriptors
-        fds.frombytes(data)
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds.frombytes(data)
     return words, fds.tolist()
 
 

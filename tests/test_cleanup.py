@@ -27,8 +27,9 @@ from pathlib import Path
 import pytest
 
 from labkernel import children, cleanup, state
+from labkernel.children import in_child
 from labkernel.container import Container
-from labkernel.linux import cgroups
+from labkernel.linux import cgroups, mounts, syscalls
 from tests.helpers import (
     assert_nothing_left,
     descendants,
@@ -337,6 +338,48 @@ for _ in range(5000):
     assert neighbour.kill() == 137
     assert children.launcher().process.pid == before
     assert (tmp_path / "kept").read_text() == "kept"
+
+
+def test_a_directory_that_moves_up_while_it_is_emptied_leads_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another container may have a descriptor of it; and from a place less deep, ".." leads out of the tree."""
+    layer = tmp_path / "home/layer"
+    deepest = layer / "1/2/3"
+    deepest.mkdir(parents=True)
+    for place in (layer, layer / "1", layer / "1/2", tmp_path / "home", tmp_path):
+        (place / "precious/kept").mkdir(parents=True)
+    number = deepest.stat().st_ino
+    remove_files = cleanup._remove_files
+
+    def interrupted(directory: int) -> list[str]:
+        names = remove_files(directory)
+        if os.fstat(directory).st_ino == number:
+            deepest.rename(layer / "3")
+        return sorted(names, key=str.isdigit)  # the last is the first to be entered
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cleanup, "_remove_files", interrupted)
+        cleanup.remove_tree(str(layer))
+    assert (layer / "3").exists()
+    for place in (tmp_path / "home", tmp_path):
+        assert (place / "precious/kept").exists()
+    cleanup.remove_tree(str(layer))
+    assert not layer.exists()
+
+
+def test_what_is_mounted_in_a_tree_is_not_removed(tmp_path: Path) -> None:
+    def work() -> tuple[bool, int]:
+        place = tmp_path / "tree/mounted"
+        place.mkdir(parents=True)
+        syscalls.unshare(syscalls.CLONE_NEWNS)
+        mounts.set_propagation("/", "private")
+        syscalls.mount("tmpfs", place, "tmpfs", 0, "mode=755")
+        (place / "kept").touch()
+        cleanup.remove_tree(str(tmp_path / "tree"))
+        return (place / "kept").exists(), place.stat().st_mode & 0o777
+
+    assert in_child(work) == (True, 0o755)
 
 
 def test_a_container_with_groups_of_its_own_below_and_many_processes() -> None:
