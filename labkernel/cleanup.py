@@ -35,8 +35,8 @@ def clean(parent: cgroups.CgroupParent | None) -> list[str]:
             if key:
                 remove_spare(state.spare(key.pid), parent)
                 remove_tree(str(state.ended(key.pid)))
-            path.unlink(missing_ok=True)
-            removed.append(f"the record of launcher {path.stem}")
+            if forget_launcher(path, key):
+                removed.append(f"the record of launcher {path.stem}")
     for record in state.records():
         if record["state"] == "dead" and not _will_be_tidied_up(record):
             with contextlib.suppress(OSError):
@@ -63,6 +63,14 @@ def _session_may_be_left(launcher: state.ProcessKey) -> bool:
         return False
     with contextlib.suppress(ProcessLookupError):
         return state.start_time(launcher.pid) == launcher.started
+    return True
+
+
+def forget_launcher(record: Path, key: state.ProcessKey | None) -> bool:
+    """Remove the record of a launcher, unless something is left that nothing else leads to; whether it was removed."""
+    if key and (state.spare(key.pid).exists() or state.ended(key.pid).exists()):
+        return False
+    record.unlink(missing_ok=True)
     return True
 
 
@@ -189,34 +197,39 @@ def remove_tree(path: str) -> None:
 
     What is in there, the container's programs have made. A link of theirs may lead to any file of the host: no link
     is followed. Directories may lie deeper than a path can say, or than `shutil.rmtree` can call itself: not all the
-    way down is held open. So they may be moved while we are in them, by another container that was given a
-    descriptor, and what is above them be the host's: there we stop. And some forbid to be listed, as one does that
-    overlay leaves: they are opened up first. Nothing that is mounted in there is entered.
+    way down is held open. So another container, which was given a descriptor, may move them while we are in them.
+    Then what is above them may be the host's, and we begin again at the top; and none is entered twice, or they could
+    lead us in circles. Some forbid to be listed, as one does that overlay leaves: they are opened up first. Nothing
+    that is mounted in there is entered.
     """
     try:
         fd = os.open(path, DIRECTORY)
     except OSError:
         return
+    mounted = _mount(fd)
     top = Level(path, _identity(fd), _remove_files(fd))
     way = [top]
+    passed = {top.identity}  # those on our way
     try:
         while way != [top] or top.directories:
             here = way[-1]
             if here.directories:
                 name = here.directories.pop()
                 with contextlib.suppress(OSError):
-                    fd = _exchanged(fd, _opened_up(name, fd, top.identity[0]))
+                    fd = _exchanged(fd, _opened_up(name, fd, mounted, passed))
                     way.append(Level(name, _identity(fd), _remove_files(fd)))
-                continue
-            way.pop()
-            try:
-                fd = _exchanged(fd, os.open("..", DIRECTORY, dir_fd=fd))
-            except OSError:
-                return
-            if _identity(fd) != way[-1].identity:
-                return
-            with contextlib.suppress(OSError):
-                os.rmdir(here.name, dir_fd=fd)
+                    passed.add(way[-1].identity)
+            elif (above := _above(fd, way[-2])) is not None:
+                fd = _exchanged(fd, above)
+                passed.discard(way.pop().identity)
+                with contextlib.suppress(OSError):
+                    os.rmdir(here.name, dir_fd=fd)
+            else:
+                fd = _exchanged(fd, os.open(path, DIRECTORY))
+                if _identity(fd) != top.identity:
+                    return
+                del way[1:]
+                passed = {top.identity}
     finally:
         os.close(fd)
     with contextlib.suppress(OSError):
@@ -229,6 +242,24 @@ class Level(NamedTuple):
     name: str
     identity: tuple[int, int]
     directories: list[str]
+
+
+def _above(fd: int, level: Level) -> int | None:
+    """The directory above an open one, or None where it is not the one that we came from."""
+    try:
+        above = os.open("..", DIRECTORY, dir_fd=fd)
+    except OSError:
+        return None
+    if _identity(above) == level.identity:
+        return above
+    os.close(above)
+    return None
+
+
+def _mount(fd: int) -> str:
+    """By which mount an open file was reached; man 5 proc_pid_fdinfo."""
+    with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as file:
+        return next(line for line in file if line.startswith("mnt_id:"))
 
 
 def _identity(fd: int) -> tuple[int, int]:
@@ -249,12 +280,14 @@ def _remove_files(directory: int) -> list[str]:
     return [name for name, is_directory in names if is_directory]
 
 
-def _opened_up(name: str, parent: int, device: int) -> int:
+def _opened_up(name: str, parent: int, mounted: str, passed: set[tuple[int, int]]) -> int:
     """A directory, opened after we are let list and change it; O_NOFOLLOW, so that it is that one and no other."""
     fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=parent)
     try:
-        if _identity(fd)[0] != device:
+        if _mount(fd) != mounted:
             raise OSError(errno.EXDEV, f"on {name!r} something is mounted")
+        if _identity(fd) in passed:
+            raise OSError(errno.ELOOP, f"{name!r} was moved into what it holds")
         with contextlib.suppress(OSError):  # somebody else's; perhaps it does not forbid anything
             os.chmod(f"/proc/self/fd/{fd}", 0o700)
         return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

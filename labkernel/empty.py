@@ -38,7 +38,8 @@ class Empty:
         self.pid, self.pidfd = pid, pidfd
         self.init = state.ProcessKey.of(pid)
         self.orders = orders
-        self.mounts = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        with namespaces.opened(pid, "mnt") as fd:
+            self.mounts = os.dup(fd)
         """Its mount namespace. While somebody has it open, its processes need not take it apart when they end."""
         self.group = group
         self.name = name

@@ -717,8 +717,8 @@ def _send(channel: socket.socket, message: Message) -> None:
 def _contents(fd: int) -> bytes:
     """What the asker wrote into a memfd."""
     content, size = b"", os.fstat(fd).st_size
-    while len(content) < size:  # one call gives 2 GiB at most
-        content += os.pread(fd, size - len(content), len(content))
+    while part := os.pread(fd, size - len(content), len(content)):  # one call gives 2 GiB at most
+        content += part
     return content
 
 
@@ -815,7 +815,7 @@ def main(control_fd: int, join: int | None = None) -> None:
         gc.freeze()  # children share this memory; the collector must not touch (and so copy) it
         launcher.run()
     finally:
-        record.unlink(missing_ok=True)
+        cleanup.forget_launcher(record, key)
 
 
 def _take_name(name: str) -> None:

@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -294,6 +294,7 @@ def test_a_record_that_cannot_be_read_stops_nobody(content: str) -> None:
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     (directory / "record.json").write_text(content)
+    state.launchers().mkdir(exist_ok=True)
     (state.launchers() / "1.json").write_text(content)
     old = time.time() - 3600
     os.utime(directory, (old, old))
@@ -340,46 +341,103 @@ for _ in range(5000):
     assert (tmp_path / "kept").read_text() == "kept"
 
 
+def interrupted(
+    monkeypatch: pytest.MonkeyPatch, path: Path, acts: Mapping[Path, Callable[[], object]]
+) -> None:
+    """Remove a tree in which somebody acts each time when we have come to some directories."""
+    by_number = {place.stat().st_ino: act for place, act in acts.items()}
+    remove_files = cleanup._remove_files
+
+    def files(directory: int) -> list[str]:
+        remove_files(directory)
+        if act := by_number.get(os.fstat(directory).st_ino):
+            act()
+        return sorted(os.listdir(directory), key=str.isdigit)  # the last is the first to be entered
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cleanup, "_remove_files", files)
+        cleanup.remove_tree(str(path))
+
+
 def test_a_directory_that_moves_up_while_it_is_emptied_leads_nowhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another container may have a descriptor of it; and from a place less deep, ".." leads out of the tree."""
-    layer = tmp_path / "home/layer"
+    layers = tmp_path / "home/layers"
+    layer = layers / "7"
     deepest = layer / "1/2/3"
     deepest.mkdir(parents=True)
-    for place in (layer, layer / "1", layer / "1/2", tmp_path / "home", tmp_path):
+    (layers / "6/of/another").mkdir(parents=True)
+    for place in (layer, layer / "1", layer / "1/2", layers, tmp_path / "home", tmp_path):
         (place / "precious/kept").mkdir(parents=True)
-    number = deepest.stat().st_ino
-    remove_files = cleanup._remove_files
-
-    def interrupted(directory: int) -> list[str]:
-        names = remove_files(directory)
-        if os.fstat(directory).st_ino == number:
-            deepest.rename(layer / "3")
-        return sorted(names, key=str.isdigit)  # the last is the first to be entered
-
-    with monkeypatch.context() as patch:
-        patch.setattr(cleanup, "_remove_files", interrupted)
-        cleanup.remove_tree(str(layer))
-    assert (layer / "3").exists()
+    before = len(os.listdir("/proc/self/fd"))
+    interrupted(monkeypatch, layers, {deepest: lambda: deepest.rename(layer / "3")})
     for place in (tmp_path / "home", tmp_path):
         assert (place / "precious/kept").exists()
+    assert (layer / "3").exists()
+    assert os.listdir(layers) == ["7"]  # all others were removed
+    assert len(os.listdir("/proc/self/fd")) == before
+    cleanup.remove_tree(str(layers))
+    assert not layers.exists()
+
+
+def test_directories_that_are_moved_into_each_other_do_not_lead_in_circles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = tmp_path / "layer"
+    turns = []
+
+    def turn(here: str, other: str) -> None:
+        """What we came by goes below where we are: so for ever, if we follow."""
+        turns.append(here)
+        assert len(turns) < 10
+        for source, target in ((f"{other}/{other}/{here}", here), (other, f"{here}/{here}/{other}")):
+            if (layer / source).exists():
+                (layer / source).rename(layer / target)
+
+    for name in ("1", "2"):
+        (layer / name / name).mkdir(parents=True)
+    acts = {layer / "1/1": lambda: turn("1", "2"), layer / "2/2": lambda: turn("2", "1")}
+    interrupted(monkeypatch, layer, acts)
+    assert len(turns) > 1
     cleanup.remove_tree(str(layer))
     assert not layer.exists()
 
 
-def test_what_is_mounted_in_a_tree_is_not_removed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["tmpfs", "of the same file system"])
+def test_what_is_mounted_in_a_tree_is_not_removed(tmp_path: Path, kind: str) -> None:
     def work() -> tuple[bool, int]:
-        place = tmp_path / "tree/mounted"
+        place, source = tmp_path / "tree/mounted", tmp_path / "source"
         place.mkdir(parents=True)
+        source.mkdir(mode=0o755)
         syscalls.unshare(syscalls.CLONE_NEWNS)
         mounts.set_propagation("/", "private")
-        syscalls.mount("tmpfs", place, "tmpfs", 0, "mode=755")
+        if kind == "tmpfs":
+            syscalls.mount("tmpfs", place, "tmpfs", 0, "mode=755")
+        else:
+            mounts.bind(source, place)
         (place / "kept").touch()
         cleanup.remove_tree(str(tmp_path / "tree"))
         return (place / "kept").exists(), place.stat().st_mode & 0o777
 
     assert in_child(work) == (True, 0o755)
+
+
+def test_a_launcher_is_not_forgotten_while_something_of_it_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    children.close_launcher()
+    gone = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True, check=True)
+    pid = int(gone.stdout)
+    state.launchers().mkdir(parents=True, exist_ok=True)
+    record = state.launchers() / f"{pid}.json"
+    record.write_text(json.dumps(state.ProcessKey(pid, 1, state.boot_id())._asdict()))
+    (state.ended(pid) / "0123456789ab").mkdir(parents=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(cleanup, "_opened_up", lambda *_: os.open("/nothing", 0))
+        assert cleanup.clean(None) == []
+    assert record.exists()
+    assert cleanup.clean(None) == [f"the record of launcher {pid}"]
+    assert not record.exists()
+    assert not state.ended(pid).exists()
 
 
 def test_a_container_with_groups_of_its_own_below_and_many_processes() -> None:
