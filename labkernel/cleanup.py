@@ -44,7 +44,7 @@ def clean(parent: cgroups.CgroupParent | None) -> list[str]:
     with contextlib.suppress(OSError):
         removed += remove_groups_of_ended_children(parent)
     with contextlib.suppress(OSError):
-        removed += _remove_unfinished()
+        removed += _remove_unfinished() + _remove_forgotten(parent)
     return removed
 
 
@@ -314,6 +314,16 @@ def _remove_unfinished() -> list[str]:
                     remove_tree(str(path)) if path.is_dir() else path.unlink(missing_ok=True)
                     removed.append(f"{directory.name}/{path.name}")
     return removed + _remove_unfinished_builds()
+
+
+def _remove_forgotten(parent: cgroups.CgroupParent | None) -> list[str]:
+    """What is left of launchers whose record is gone, as one that has failed could lose it too soon."""
+    removed = []
+    for path in sorted(state.launchers().glob("*")):
+        if path.suffix in (".spare", ".ended") and not path.with_suffix(".json").exists():
+            remove_spare(path, parent) if path.suffix == ".spare" else remove_tree(str(path))
+            removed.append(f"launchers/{path.name}")
+    return removed
 
 
 def _remove_unfinished_builds() -> list[str]:

@@ -316,14 +316,17 @@ def _mounts() -> list[str]:
 
 
 def _cgroups(ours: list[int]) -> list[str]:
-    """Directories with our prefix in all hierarchies; not those in which only somebody else's processes are."""
+    """Directories with our prefix in all hierarchies; not those in and below which only others' processes are."""
     found = []
     for mounted in cgroups.mounts():
         for directory, names, _ in os.walk(mounted.point):
             for name in names:
                 path = os.path.join(directory, name)
                 if name.startswith(state.PREFIX):
-                    pids = {int(pid) for pid in cgroups.read(f"{path}/cgroup.procs").split()}
+                    below = (place for place, _, _ in os.walk(path))
+                    pids = {
+                        int(pid) for place in below for pid in cgroups.read(f"{place}/cgroup.procs").split()
+                    }
                     if not pids or pids & {os.getpid(), *ours}:
                         found.append(path)
     return found

@@ -440,6 +440,25 @@ def test_a_launcher_is_not_forgotten_while_something_of_it_is_left(monkeypatch: 
     assert not state.ended(pid).exists()
 
 
+def test_what_a_launcher_without_a_record_has_left_is_removed() -> None:
+    children.close_launcher()
+    state.launchers().mkdir(parents=True, exist_ok=True)
+    for place in (state.ended(4_194_304), state.spare(4_194_304)):
+        (place / "upper/etc").mkdir(parents=True)
+    mine = children.launcher().process.pid
+    assert Container("python", ["true"]).run().returncode == 0
+    assert not state.ended(4_194_304).exists()
+    assert not state.spare(4_194_304).exists()
+    children.close_launcher()
+    for place in (state.ended(mine), state.spare(mine)):  # one that lives keeps what it has
+        place.mkdir()
+    record = state.launchers() / f"{mine}.json"
+    record.write_text(json.dumps(state.ProcessKey.of(os.getpid())._asdict()))
+    assert cleanup.clean(None) == []
+    record.unlink()
+    assert cleanup.clean(None) == [f"launchers/{mine}.ended", f"launchers/{mine}.spare"]
+
+
 def test_a_container_with_groups_of_its_own_below_and_many_processes() -> None:
     if facts()["cgroup_version"] is None:
         pytest.skip(f"no limits here: {facts()['no_cgroup']}")
