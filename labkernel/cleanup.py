@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
+import math
 import os
 import signal
 import time
@@ -21,6 +23,9 @@ from labkernel.linux import cgroups
 
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
+PATIENCE = 10.0
+"""Seconds that the removal of one directory may keep others waiting. What is left then is removed another time."""
+
 
 def clean(parent: cgroups.CgroupParent | None) -> list[str]:
     """Remove what killed launchers have left behind; returns what was removed, in words."""
@@ -32,10 +37,7 @@ def clean(parent: cgroups.CgroupParent | None) -> list[str]:
         with contextlib.suppress(OSError):  # what cannot be removed must not keep a launcher from starting
             if key and _session_may_be_left(key) and (killed := end_session(key.pid)):
                 removed.append(f"{killed} processes of launcher {key.pid}")
-            if key:
-                remove_spare(state.spare(key.pid), parent)
-                remove_tree(str(state.ended(key.pid)))
-            if forget_launcher(path, key):
+            if forget_launcher(path, key):  # what else it has left, `_remove_forgotten` finds
                 removed.append(f"the record of launcher {path.stem}")
     for record in state.records():
         if record["state"] == "dead" and not _will_be_tidied_up(record):
@@ -66,12 +68,19 @@ def _session_may_be_left(launcher: state.ProcessKey) -> bool:
     return True
 
 
+def remember_launcher(record: Path, key: state.ProcessKey) -> None:
+    """Write down that a launcher lives. Nobody looks at it until it is whole (see `forget_launcher`)."""
+    with state.locked(record.parent):
+        record.write_text(json.dumps(key._asdict()))
+
+
 def forget_launcher(record: Path, key: state.ProcessKey | None) -> bool:
-    """Remove the record of a launcher, unless something is left that nothing else leads to; whether it was removed."""
-    if key and (state.spare(key.pid).exists() or state.ended(key.pid).exists()):
-        return False
-    record.unlink(missing_ok=True)
-    return True
+    """Remove the record of a launcher, unless it is another's by now, who has the pid; whether it was removed."""
+    with state.locked(record.parent):
+        if _launcher_key(record) != key:
+            return False
+        record.unlink(missing_ok=True)
+        return True
 
 
 CHILD_GROUPS = state.PREFIX + "child-"
@@ -86,14 +95,20 @@ def remove_groups_of_ended_children(parent: cgroups.CgroupParent | None) -> list
     """Remove the groups that were made by a child that was killed with its launcher, or by one that outlived both."""
     removed = []
     for name in parent.names(CHILD_GROUPS) if parent else ():
-        child = int(name.removeprefix(CHILD_GROUPS).partition("-")[0])
-        if not _session_of(child):  # it has ended, though nobody may have reaped it
+        child = _child_of_group(name)
+        if child and not _session_of(child):  # it has ended, though nobody may have reaped it
             removed += remove_groups_of_child(child, parent)
     for path in _groups_in_other_places():
-        child = int(path.name.removeprefix(CHILD_GROUPS).partition("-")[0])
-        if not _session_of(child):
+        child = _child_of_group(path.name)
+        if child and not _session_of(child):
             removed += _remove_group_by_path(path)
     return removed
+
+
+def _child_of_group(name: str) -> int:
+    """The pid of the child that made the group, or 0 where somebody else has called one like ours."""
+    number = name.removeprefix(CHILD_GROUPS).partition("-")[0]
+    return int(number) if number.isdecimal() and number.isascii() else 0
 
 
 def _groups_in_other_places() -> list[Path]:
@@ -150,7 +165,7 @@ def remove_leftovers(record: Mapping[str, Any], parent: cgroups.CgroupParent | N
             group.kill()
         group.remove()
     state.free_name(record["name"], record["id"])
-    remove_tree(record["directory"])
+    remove_tree(record["directory"], PATIENCE)
     return [f"container {record['name']}"]
 
 
@@ -189,11 +204,11 @@ def remove_spare(directory: Path, parent: cgroups.CgroupParent | None) -> None:
             with contextlib.suppress(OSError):
                 group.kill()
             group.remove()
-    remove_tree(str(directory))
+    remove_tree(str(directory), PATIENCE)
 
 
-def remove_tree(path: str) -> None:
-    """Remove a container's directory, and leave what cannot be removed.
+def remove_tree(path: str, seconds: float = math.inf) -> bool:
+    """Remove a container's directory, and leave what cannot be removed; False where the time was up before the end.
 
     What is in there, the container's programs have made. A link of theirs may lead to any file of the host: no link
     is followed. Directories may lie deeper than a path can say, or than `shutil.rmtree` can call itself: not all the
@@ -202,38 +217,39 @@ def remove_tree(path: str) -> None:
     lead us in circles. Some forbid to be listed, as one does that overlay leaves: they are opened up first. Nothing
     that is mounted in there is entered.
     """
-    try:
-        fd = os.open(path, DIRECTORY)
-    except OSError:
-        return
-    mounted = _mount(fd)
-    top = Level(path, _identity(fd), _remove_files(fd))
-    way = [top]
-    passed = {top.identity}  # those on our way
-    try:
-        while way != [top] or top.directories:
-            here = way[-1]
-            if here.directories:
-                name = here.directories.pop()
-                with contextlib.suppress(OSError):
-                    fd = _exchanged(fd, _opened_up(name, fd, mounted, passed))
-                    way.append(Level(name, _identity(fd), _remove_files(fd)))
-                    passed.add(way[-1].identity)
-            elif (above := _above(fd, way[-2])) is not None:
-                fd = _exchanged(fd, above)
-                passed.discard(way.pop().identity)
-                with contextlib.suppress(OSError):
-                    os.rmdir(here.name, dir_fd=fd)
-            else:
-                fd = _exchanged(fd, os.open(path, DIRECTORY))
-                if _identity(fd) != top.identity:
-                    return
-                del way[1:]
-                passed = {top.identity}
-    finally:
-        os.close(fd)
+    end = time.monotonic() + seconds
     with contextlib.suppress(OSError):
+        fd = os.open(path, DIRECTORY)
+        try:
+            mounted = _mount(fd)
+            top = Level(path, _identity(fd), _remove_files(fd, end))
+            way = [top]
+            passed = {top.identity}  # those on our way
+            while way != [top] or top.directories:
+                if time.monotonic() > end:
+                    return False
+                here = way[-1]
+                if here.directories:
+                    name = here.directories.pop()
+                    with contextlib.suppress(OSError):
+                        fd = _exchanged(fd, _opened_up(name, fd, mounted, passed))
+                        way.append(Level(name, _identity(fd), _remove_files(fd, end)))
+                        passed.add(way[-1].identity)
+                elif (above := _above(fd, way[-2])) is not None:
+                    fd = _exchanged(fd, above)
+                    passed.discard(way.pop().identity)
+                    with contextlib.suppress(OSError):
+                        os.rmdir(here.name, dir_fd=fd)
+                else:
+                    fd = _exchanged(fd, os.open(path, DIRECTORY))
+                    if _identity(fd) != top.identity:
+                        break
+                    del way[1:]
+                    passed = {top.identity}
+        finally:
+            os.close(fd)
         os.rmdir(path)
+    return time.monotonic() <= end
 
 
 class Level(NamedTuple):
@@ -268,16 +284,19 @@ def _identity(fd: int) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _remove_files(directory: int) -> list[str]:
-    """Remove what is no directory from an open one; the names of the directories in it."""
-    names = []
+def _remove_files(directory: int, end: float) -> list[str]:
+    """Remove what is no directory from an open one, until the time is up; the names of the directories in it."""
+    directories = []
     with contextlib.suppress(OSError), os.scandir(directory) as entries:
-        names = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
-    for name, is_directory in names:
-        if not is_directory:
-            with contextlib.suppress(OSError):
-                os.unlink(name, dir_fd=directory)
-    return [name for name, is_directory in names if is_directory]
+        # Not all at once: the memory for a great many names is ours, and no limit of the container's counts it.
+        while time.monotonic() < end and (some := list(itertools.islice(entries, 1000))):
+            for entry in some:
+                if entry.is_dir(follow_symlinks=False):
+                    directories.append(entry.name)
+                    continue
+                with contextlib.suppress(OSError):
+                    os.unlink(entry.name, dir_fd=directory)
+    return directories
 
 
 def _opened_up(name: str, parent: int, mounted: str, passed: set[tuple[int, int]]) -> int:
@@ -311,18 +330,21 @@ def _remove_unfinished() -> list[str]:
                 if path.name.startswith(".") or (
                     directory == state.containers() and not state.read_record(path)
                 ):
-                    remove_tree(str(path)) if path.is_dir() else path.unlink(missing_ok=True)
+                    remove_tree(str(path), PATIENCE) if path.is_dir() else path.unlink(missing_ok=True)
                     removed.append(f"{directory.name}/{path.name}")
     return removed + _remove_unfinished_builds()
 
 
 def _remove_forgotten(parent: cgroups.CgroupParent | None) -> list[str]:
-    """What is left of launchers whose record is gone, as one that has failed could lose it too soon."""
+    """What is left of launchers whose record is gone. Whatever happened to that: a pid that lives keeps what it has."""
     removed = []
     for path in sorted(state.launchers().glob("*")):
-        if path.suffix in (".spare", ".ended") and not path.with_suffix(".json").exists():
-            remove_spare(path, parent) if path.suffix == ".spare" else remove_tree(str(path))
-            removed.append(f"launchers/{path.name}")
+        if path.suffix not in (".spare", ".ended") or path.with_suffix(".json").exists():
+            continue
+        if path.stem.isdecimal() and not _session_of(int(path.stem)):
+            remove_spare(path, parent) if path.suffix == ".spare" else remove_tree(str(path), PATIENCE)
+            if not path.exists():
+                removed.append(f"launchers/{path.name}")
     return removed
 
 

@@ -34,6 +34,9 @@ from labkernel.spec import Order, Process, Spec, Volume
 
 Message = dict[str, Any]
 
+SLICE = 0.1
+"""Seconds that removing what was thrown away takes at first, while nobody asks for anything."""
+
 QUIET = 0.005
 """Seconds without anything to do after which we tidy up, and make an empty container for the next one."""
 
@@ -457,9 +460,10 @@ class Launcher:
         except OSError:  # a full disk may have no room for the rename, but it has for this
             cleanup.remove_tree(directory)
 
-    def _sweep(self) -> None:
-        """Remove what was thrown away."""
-        cleanup.remove_tree(self.ended)
+    def _sweep(self, seconds: float = SLICE) -> None:
+        """Remove what was thrown away. Where that takes long, requests come first, and then we have more time."""
+        if not cleanup.remove_tree(self.ended, seconds):
+            self.chores.append(lambda: self._sweep(min(2 * seconds, cleanup.PATIENCE)))
 
     def _network(self) -> Any:
         """The lab's own network, made when the first container is attached to it."""
@@ -484,7 +488,7 @@ class Launcher:
                     self._child_event(fd)
             self._reap_adopted()
         self._end_spare()  # also one that we were told to end amid
-        self._sweep()
+        cleanup.remove_tree(self.ended, cleanup.PATIENCE)
         if self.network_helper:
             self.network_helper.close()
         cleanup.end_session(os.getpid())
@@ -806,7 +810,7 @@ def main(control_fd: int, join: int | None = None) -> None:
     record = state.launchers() / f"{key.pid}.json"
     with _explained_home():
         record.parent.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(key._asdict()))
+        cleanup.remember_launcher(record, key)
     try:
         launcher = Launcher(socket.socket(fileno=control_fd), no_containers)
         cleanup.clean(launcher.parent)

@@ -348,8 +348,8 @@ def interrupted(
     by_number = {place.stat().st_ino: act for place, act in acts.items()}
     remove_files = cleanup._remove_files
 
-    def files(directory: int) -> list[str]:
-        remove_files(directory)
+    def files(directory: int, end: float) -> list[str]:
+        remove_files(directory, end)
         if act := by_number.get(os.fstat(directory).st_ino):
             act()
         return sorted(os.listdir(directory), key=str.isdigit)  # the last is the first to be entered
@@ -423,21 +423,49 @@ def test_what_is_mounted_in_a_tree_is_not_removed(tmp_path: Path, kind: str) -> 
     assert in_child(work) == (True, 0o755)
 
 
-def test_a_launcher_is_not_forgotten_while_something_of_it_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_record_of_a_launcher_that_has_the_pid_now_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have begun while we were ending what the earlier one had left."""
     children.close_launcher()
-    gone = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True, check=True)
-    pid = int(gone.stdout)
     state.launchers().mkdir(parents=True, exist_ok=True)
-    record = state.launchers() / f"{pid}.json"
-    record.write_text(json.dumps(state.ProcessKey(pid, 1, state.boot_id())._asdict()))
-    (state.ended(pid) / "0123456789ab").mkdir(parents=True)
+    mine = state.ProcessKey.of(os.getpid())
+    record, spare = state.launchers() / f"{mine.pid}.json", state.spare(mine.pid)
+    before = state.ProcessKey(mine.pid, mine.started - 1, mine.boot)
+
+    def begin(_: int) -> int:
+        cleanup.remember_launcher(record, mine)
+        spare.mkdir()
+        return 0
+
+    cleanup.remember_launcher(record, before)
     with monkeypatch.context() as patch:
-        patch.setattr(cleanup, "_opened_up", lambda *_: os.open("/nothing", 0))
+        patch.setattr(cleanup, "_session_may_be_left", lambda _: True)
+        patch.setattr(cleanup, "end_session", begin)
         assert cleanup.clean(None) == []
-    assert record.exists()
-    assert cleanup.clean(None) == [f"the record of launcher {pid}"]
-    assert not record.exists()
-    assert not state.ended(pid).exists()
+    assert (record.exists(), spare.exists()) == (True, True)
+    record.unlink()
+    assert cleanup.clean(None) == []
+    assert spare.exists()  # we live
+    spare.rmdir()
+
+
+def test_what_takes_long_to_remove_keeps_nobody_waiting(tmp_path: Path) -> None:
+    deep = tmp_path / "tree"
+    deep.mkdir()
+    before = len(os.listdir("/proc/self/fd"))
+    for name in range(500):
+        (deep / f"{name}/{name}").mkdir(parents=True)
+    assert not cleanup.remove_tree(str(deep), 0)
+    assert not cleanup.remove_tree(str(deep), 0.001)
+    assert deep.exists()
+    assert cleanup.remove_tree(str(deep), 60)
+    assert not deep.exists()
+    assert cleanup.remove_tree(str(deep), 60)  # there is nothing
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_somebody_elses_group_with_a_name_like_ours_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cleanup, "_groups_in_other_places", lambda: [Path("/x/labkernel-child-x")])
+    assert cleanup.remove_groups_of_ended_children(None) == []
 
 
 def test_what_a_launcher_without_a_record_has_left_is_removed() -> None:
@@ -445,18 +473,9 @@ def test_what_a_launcher_without_a_record_has_left_is_removed() -> None:
     state.launchers().mkdir(parents=True, exist_ok=True)
     for place in (state.ended(4_194_304), state.spare(4_194_304)):
         (place / "upper/etc").mkdir(parents=True)
-    mine = children.launcher().process.pid
     assert Container("python", ["true"]).run().returncode == 0
     assert not state.ended(4_194_304).exists()
     assert not state.spare(4_194_304).exists()
-    children.close_launcher()
-    for place in (state.ended(mine), state.spare(mine)):  # one that lives keeps what it has
-        place.mkdir()
-    record = state.launchers() / f"{mine}.json"
-    record.write_text(json.dumps(state.ProcessKey.of(os.getpid())._asdict()))
-    assert cleanup.clean(None) == []
-    record.unlink()
-    assert cleanup.clean(None) == [f"launchers/{mine}.ended", f"launchers/{mine}.spare"]
 
 
 def test_a_container_with_groups_of_its_own_below_and_many_processes() -> None:
