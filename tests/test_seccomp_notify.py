@@ -7,9 +7,11 @@ import errno
 import os
 import platform
 import re
+import select
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -126,6 +128,25 @@ def test_who_is_watched_already_says_so() -> None:
         "except OSError as error:\n    raise SystemExit(error.errno)"
     )
     assert quietly([sys.executable, "-c", code]).exit_code == errno.EBUSY
+
+
+def test_why_it_failed_is_told_also_when_it_has_ended_already() -> None:
+    def late() -> int:
+        ready, tell = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.write(tell, struct.pack("=iiii", 100, 0, -1, errno.EBUSY))
+            os._exit(1)
+        os.close(tell)
+        pidfd = os.pidfd_open(pid)
+        select.select([pidfd], [], [])
+        try:
+            seccomp_notify._listener_of(pid, pidfd, ready)
+        except OSError as error:
+            return error.errno or 0
+        return 0
+
+    assert in_child(late, timeout=60) == errno.EBUSY
 
 
 def test_nothing_is_left_open() -> None:

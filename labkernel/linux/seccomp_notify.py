@@ -103,7 +103,10 @@ def _listener_of(pid: int, pidfd: int, ready: int) -> int:
         if listener != -1:
             os.set_inheritable(listener, False)
             return listener
-        if ctypes.get_errno() != errno.EBADF:
+        if ctypes.get_errno() not in (
+            errno.EBADF,
+            errno.ESRCH,
+        ):  # not yet, or it has failed and ended already
             raise syscalls.explained(ctypes.get_errno(), "pidfd_getfd", f"process {pid}")
         if select.select([ready], [], [], 0.001)[0]:
             failed = os.read(ready, 8)
