@@ -46,7 +46,9 @@ def clean(parent: cgroups.CgroupParent | None) -> list[str]:
     with contextlib.suppress(OSError):
         removed += remove_groups_of_ended_children(parent)
     with contextlib.suppress(OSError):
-        removed += _remove_unfinished() + _remove_forgotten(parent)
+        removed += _remove_unfinished()
+    with contextlib.suppress(OSError):
+        removed += _remove_forgotten(parent)
     return removed
 
 
@@ -69,18 +71,18 @@ def _session_may_be_left(launcher: state.ProcessKey) -> bool:
 
 
 def remember_launcher(record: Path, key: state.ProcessKey) -> None:
-    """Write down that a launcher lives. Nobody looks at it until it is whole (see `forget_launcher`)."""
+    """Write down that a launcher lives. Nobody removes it for being half written (see `forget_launcher`)."""
     with state.locked(record.parent):
         record.write_text(json.dumps(key._asdict()))
 
 
 def forget_launcher(record: Path, key: state.ProcessKey | None) -> bool:
     """Remove the record of a launcher, unless it is another's by now, who has the pid; whether it was removed."""
-    with state.locked(record.parent):
-        if _launcher_key(record) != key:
-            return False
-        record.unlink(missing_ok=True)
-        return True
+    with contextlib.suppress(FileNotFoundError), state.locked(record.parent):  # the whole home may be gone
+        if _launcher_key(record) == key:
+            record.unlink(missing_ok=True)
+            return True
+    return False
 
 
 CHILD_GROUPS = state.PREFIX + "child-"

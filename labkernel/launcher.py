@@ -458,7 +458,7 @@ class Launcher:
                 os.mkdir(self.ended)
             os.rename(directory, f"{self.ended}/{_random_name()}")
         except OSError:  # a full disk may have no room for the rename, but it has for this
-            cleanup.remove_tree(directory)
+            cleanup.remove_tree(directory, cleanup.PATIENCE)
 
     def _sweep(self, seconds: float = SLICE) -> None:
         """Remove what was thrown away. Where that takes long, requests come first, and then we have more time."""

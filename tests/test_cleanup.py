@@ -448,6 +448,11 @@ def test_the_record_of_a_launcher_that_has_the_pid_now_is_left_alone(monkeypatch
     spare.rmdir()
 
 
+def test_a_launcher_whose_home_is_gone_has_nothing_to_forget(tmp_path: Path) -> None:
+    key = state.ProcessKey.of(os.getpid())
+    assert not cleanup.forget_launcher(tmp_path / "launchers" / f"{key.pid}.json", key)
+
+
 def test_what_takes_long_to_remove_keeps_nobody_waiting(tmp_path: Path) -> None:
     deep = tmp_path / "tree"
     deep.mkdir()
