@@ -98,11 +98,11 @@ def remove_groups_of_ended_children(parent: cgroups.CgroupParent | None) -> list
     removed = []
     for name in parent.names(CHILD_GROUPS) if parent else ():
         child = _child_of_group(name)
-        if child and not _session_of(child):  # it has ended, though nobody may have reaped it
+        if child and not _lives(child):
             removed += remove_groups_of_child(child, parent)
     for path in _groups_in_other_places():
         child = _child_of_group(path.name)
-        if child and not _session_of(child):
+        if child and not _lives(child):
             removed += _remove_group_by_path(path)
     return removed
 
@@ -343,7 +343,7 @@ def _remove_forgotten(parent: cgroups.CgroupParent | None) -> list[str]:
     for path in sorted(state.launchers().glob("*")):
         if path.suffix not in (".spare", ".ended") or path.with_suffix(".json").exists():
             continue
-        if path.stem.isdecimal() and not _session_of(int(path.stem)):
+        if path.stem.isdecimal() and not _lives(int(path.stem)):
             remove_spare(path, parent) if path.suffix == ".spare" else remove_tree(str(path), PATIENCE)
             if not path.exists():
                 removed.append(f"launchers/{path.name}")
@@ -372,20 +372,28 @@ def _pids() -> list[int]:
     return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
 
+def _lives(pid: int) -> bool:
+    """Whether a process has not ended; one that has, but whom nobody has reaped, has."""
+    return bool(_stat(pid))
+
+
 def _session_of(pid: int) -> int:
-    """A process's session; 0 when it has ended."""
-    return _number_in_stat(pid, 3)
+    """A process's session; 0 when it has ended, or has it from outside of our pid namespace."""
+    fields = _stat(pid)
+    return int(fields[3]) if fields else 0
 
 
 def _parent_of(pid: int) -> int:
-    """A process's parent; 0 when it has ended."""
-    return _number_in_stat(pid, 1)
+    """A process's parent; 0 when it has ended, or has it from outside of our pid namespace."""
+    fields = _stat(pid)
+    return int(fields[1]) if fields else 0
 
 
-def _number_in_stat(pid: int, place: int) -> int:
+def _stat(pid: int) -> list[bytes]:
+    """What the kernel says of a process after its name; nothing when it has ended. man 5 proc_pid_stat."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             fields = file.read().rpartition(b")")[2].split()
     except OSError:
-        return 0
-    return 0 if fields[0] in (b"Z", b"X") else int(fields[place])
+        return []
+    return [] if fields[0] in (b"Z", b"X") else fields

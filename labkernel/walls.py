@@ -51,6 +51,9 @@ def ignored_signals() -> tuple[int, ...]:
 
 IGNORED = ignored_signals()
 
+SETTABLE = tuple(sorted(signal.valid_signals() & set(IGNORED)))
+"""Those that posix_spawn can set. Of libc's own it keeps none; Python would warn of each, in every init."""
+
 CHANGE_USER = frozenset({capabilities.Capability.CAP_SETUID, capabilities.Capability.CAP_SETGID})
 """What it takes to become the program's user: held until uid 0 is left, or the next execve."""
 
@@ -259,7 +262,7 @@ def spawn_program(process: Process, stdio: tuple[int, int, int], channel: int, g
     def start(path: str, command: list[str], environment: dict[str, str]) -> int:
         os.lstat(path)  # to see that there is no such file takes less time here than in a new process
         return os.posix_spawn(
-            path, command, environment, file_actions=actions, setsid=True, setsigmask=(), setsigdef=IGNORED
+            path, command, environment, file_actions=actions, setsid=True, setsigmask=(), setsigdef=SETTABLE
         )
 
     try:

@@ -448,6 +448,36 @@ def test_the_record_of_a_launcher_that_has_the_pid_now_is_left_alone(monkeypatch
     spare.rmdir()
 
 
+SESSION_FROM_OUTSIDE = """
+import os
+from labkernel import cleanup, state
+state.launchers().mkdir(parents=True)
+state.spare(os.getpid()).mkdir()
+print(os.getsid(0), cleanup.clean(None), state.spare(os.getpid()).exists())
+"""
+
+
+def test_who_has_its_session_from_outside_of_its_pid_namespace_lives(tmp_path: Path) -> None:
+    """As what `docker exec` starts: the kernel says 0 there for its session."""
+    as_root = [] if os.geteuid() == 0 else ["--map-root-user"]
+    command = [
+        "unshare",
+        *as_root,
+        "--pid",
+        "--fork",
+        "--mount-proc",
+        sys.executable,
+        "-c",
+        SESSION_FROM_OUTSIDE,
+    ]
+    variables = os.environ | {
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "LABKERNEL_HOME": str(tmp_path / "home"),
+    }
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
+    assert done.stdout == "0 [] True\n"
+
+
 def test_a_launcher_whose_home_is_gone_has_nothing_to_forget(tmp_path: Path) -> None:
     key = state.ProcessKey.of(os.getpid())
     assert not cleanup.forget_launcher(tmp_path / "launchers" / f"{key.pid}.json", key)
