@@ -311,7 +311,7 @@ def monitor_cpu(rounds: int) -> list[Row]:
 
     spent = []
     with Container("python", ["sleep", "1000"]) as container:
-        for number in range(seconds := max(3, rounds // 5)):
+        for number in range(seconds := max(3, rounds // 12)):
             progress(f"monitor-cpu: second {number + 1} of {seconds}")
             monitor = Monitor(container, hz=10)
             began = time.monotonic()
@@ -426,7 +426,7 @@ def pack_and_unpack(rounds: int) -> list[Row]:
             packing["tar"], unpacking["tar"] = pack_with_tar, unpack_with_tar
         else:
             say("left out: tar: tar or zstd is not installed")
-        few = max(1, rounds // 8)
+        few = max(1, rounds // 20)
         rows = [*take_turns("pack", packing, few), *take_turns("unpack", unpacking, few)]
     return [*rows, *(Row("memory, MiB", name, max(some), len(some)) for name, some in memory.items())]
 
@@ -507,7 +507,7 @@ def say(text: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description="Measure the start of containers, and a few things more.")
-    parser.add_argument("--rounds", type=int, default=40, help="runs of each subject (default: 40)")
+    parser.add_argument("--rounds", type=int, default=100, help="runs of each subject (default: 100)")
     parser.add_argument(
         "--only", action="append", choices=BENCHMARKS, help="only this benchmark (repeatable)"
     )

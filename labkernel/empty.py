@@ -12,6 +12,7 @@ import os
 import pickle
 import select
 import socket
+from collections.abc import Iterator
 from functools import cached_property
 from typing import NoReturn
 
@@ -65,24 +66,26 @@ class Empty:
             return alike and self.built == b"built" and not select.select([self.pidfd], [], [], 0)[0]
         return False
 
-    def kept_off(self) -> int | None:
-        """Keep it off the processor that we run on, where it has another: which one, for the order to give it back.
+    @contextlib.contextmanager
+    def elsewhere(self) -> Iterator[None]:
+        """Keep it off the processor that we run on, where it has another, until the block ends.
 
-        Else it would run after us and not beside us: whoever waits for a message is woken on the processor of its
-        sender, who is taken to go to sleep then (WF_SYNC in kernel/sched/fair.c). But we go on.
+        Else what we send would let it run after us and not beside us: whoever waits for a message is woken on the
+        processor of its sender, who is taken to go to sleep then (WF_SYNC in kernel/sched/fair.c). But we go on.
         """
-        with contextlib.suppress(OSError):
+        allowed: set[int] = set()
+        with contextlib.suppress(OSError):  # killed
             allowed, ours = os.sched_getaffinity(self.pid), syscalls.getcpu()
-            if ours in allowed and len(allowed) > 1:
+            if len(allowed) > 1:
                 os.sched_setaffinity(self.pid, allowed - {ours})
-                return ours
-        return None
+        yield
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(self.pid, allowed)
 
-    def give(self, order: Order, processor: int | None = None) -> None:
-        """Let it become the container of this order, all but its program; back on `processor`, if it was kept off."""
-        words = b"order" if processor is None else b"order %d" % processor
+    def give(self, order: Order) -> None:
+        """Let it become the container of this order, all but its program."""
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # killed: its end will be told
-            socket.send_fds(self.orders, [words], order.descriptors())
+            socket.send_fds(self.orders, [b"order"], order.descriptors())
 
     def go(self) -> None:
         """Let the program run. Whoever is built is sure to end with us."""

@@ -237,8 +237,9 @@ class Launcher:
                 undo.callback(cleanup.remove_tree, self.made_in)
                 undo.callback(vessel.end)
                 # First of all: what it does with the order takes as long as what is left for us.
-                processor = vessel.kept_off()
-                vessel.give(self._order(request, self.made_in, channel, fds, closing), processor)
+                order = self._order(request, self.made_in, channel, fds, closing)
+                with vessel.elsewhere():
+                    vessel.give(order)
             record = self._record(request)
             # Where no port of the host was named, the kernel has chosen one.
             record["publish"] = [one.text(listener.getsockname()[1]) for one, listener in listeners]

@@ -86,6 +86,7 @@ def put_up(
         build(like, rootfs, writable)
     except Exception as error:
         trouble = error  # told when there is somebody to tell it to
+    keep_only([orders.fileno()])
     orders.send(b"failed" if trouble else b"built")
     rehearse(orders, words)
     order = receive(orders)
@@ -145,10 +146,6 @@ def receive(orders: socket.socket) -> Order:
         words, fds = received(orders, MOST_DESCRIPTORS)
         if not words:
             os._exit(SET_UP_FAILED)
-    keep_only((orders.fileno(), *fds))
-    if kept_off := words.partition(b" ")[2]:
-        with contextlib.suppress(OSError):  # meanwhile our cpuset may have lost it
-            os.sched_setaffinity(0, os.sched_getaffinity(0) | {int(kept_off)})
     return Order.received(fds)
 
 
