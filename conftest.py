@@ -93,7 +93,9 @@ class Cell(nbval.plugin.IPyNbCell):  # type: ignore[misc]
         if lacking := lacking_for(self.cell):
             pytest.skip(f"run, not compared: {'; '.join(lacking)}")
         if self.options["check"] and not self.compare_outputs(coalesce_streams(ran.outputs), stored):
-            self.raise_cell_error("The outputs differ", "\n".join(self.comparison_traceback))
+            # nbval does not show what nobody expected.
+            errors = [output.text for output in ran.outputs if output.get("name") == "stderr"]
+            self.raise_cell_error("The outputs differ", "\n".join([*self.comparison_traceback, *errors]))
 
 
 @pytest.hookimpl(wrapper=True)

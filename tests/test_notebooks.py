@@ -198,6 +198,13 @@ def test_other_outputs_fail(place: Path) -> None:
     assert "1 failed" in done.stdout
 
 
+def test_what_a_cell_complains_of_is_shown_where_it_should_say_nothing(place: Path) -> None:
+    done = nbval(place, a_notebook(a_cell("import sys\nprint(6 * 7, file=sys.stderr)")))
+    assert done.returncode == 1
+    assert "Unexpected output fields" in done.stdout
+    assert "\n42\n" in done.stdout
+
+
 def test_a_cell_stored_without_having_been_run_fails(place: Path) -> None:
     done = nbval(place, a_notebook(a_cell("x = 1", None)))
     assert "Stored without having been run" in done.stdout
