@@ -86,7 +86,7 @@ def put_up(
         build(like, rootfs, writable)
     except Exception as error:
         trouble = error  # told when there is somebody to tell it to
-    keep_only([orders.fileno()])
+    keep_only((orders.fileno(),))
     orders.send(b"failed" if trouble else b"built")
     rehearse(orders, words)
     order = receive(orders)
