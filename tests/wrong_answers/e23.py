@@ -21,6 +21,7 @@ WRONG: dict[str, list[str]] = {
         "budget = {'memory': '512M', 'pids_limit': 100}",
         "budget = {'memory': '8M', 'pids_limit': 7}",
         "budget = {'memory': '56M'}",
+        "budget = {'memory': '80M', 'pids_limit': 7}",
     ],
 }
 

@@ -35,8 +35,8 @@ for pid in children:
 print("all the work is done")
 """
 """The program of exercise 23.3: five children at once, and 40 MiB."""
-TOO_MUCH = 1.3
-"""A limit that could be divided by this is not a tight one."""
+TOO_MUCH = 4 / 3
+"""A limit that could be divided by this, and so be a quarter less, is not a tight one."""
 
 
 @exercise("23.1", looks_at="your container's limit files and namespaces, and its program's status")
