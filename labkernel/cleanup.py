@@ -174,10 +174,14 @@ def remove_leftovers(record: Mapping[str, Any], parent: cgroups.CgroupParent | N
 def end_session(session: int) -> int:
     """Kill every process of a launcher's session but the launcher, and our own orphans where it is ours.
 
+    An orphan that is a launcher itself, which one of our children has started, ends by itself now that its user has:
+    killed while it tidies up it would leave the rest to nobody. It has some time for that.
+
     Returns how many there were.
     """
     killed = 0
-    for _ in range(100):
+    begun = time.monotonic()
+    while time.monotonic() < begun + PATIENCE + 1:
         members = [
             pid
             for pid in _pids()
@@ -186,7 +190,8 @@ def end_session(session: int) -> int:
         ]
         if not members:
             break
-        for pid in members:
+        spared = _launchers() if time.monotonic() < begun + PATIENCE else set()
+        for pid in set(members) - spared:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
                 killed += 1
@@ -195,6 +200,11 @@ def end_session(session: int) -> int:
                 pass
         time.sleep(0.005)
     return killed
+
+
+def _launchers() -> set[int]:
+    """The pids of the launchers that have a record."""
+    return {int(path.stem) for path in state.launchers().glob("*.json") if path.stem.isdecimal()}
 
 
 def remove_spare(directory: Path, parent: cgroups.CgroupParent | None) -> None:

@@ -478,6 +478,32 @@ def test_who_has_its_session_from_outside_of_its_pid_namespace_lives(tmp_path: P
     assert done.stdout == "0 [] True\n"
 
 
+def test_a_launcher_that_a_child_has_started_may_tidy_up_when_ours_ends(tmp_path: Path) -> None:
+    def tidy_up_slowly() -> None:
+        os.setsid()
+        record = state.launchers() / f"{os.getpid()}.json"
+        cleanup.remember_launcher(record, state.ProcessKey.of(os.getpid()))
+        (tmp_path / "begun").touch()
+        time.sleep(0.5)
+        (tmp_path / "done").touch()
+        record.unlink()
+
+    def work() -> tuple[bool, int]:
+        syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)
+        for act in (tidy_up_slowly, lambda: time.sleep(60)):
+            if os.fork() == 0:  # ends at once, and its own child is ours then
+                if os.fork() == 0:
+                    act()
+                os._exit(0)
+            os.wait()
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.01)
+        return bool(cleanup.end_session(os.getpid())), len(list(tmp_path.glob("done")))
+
+    state.launchers().mkdir(parents=True, exist_ok=True)
+    assert in_child(work) == (True, 1)
+
+
 def test_a_launcher_whose_home_is_gone_has_nothing_to_forget(tmp_path: Path) -> None:
     key = state.ProcessKey.of(os.getpid())
     assert not cleanup.forget_launcher(tmp_path / "launchers" / f"{key.pid}.json", key)
