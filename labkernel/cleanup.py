@@ -24,7 +24,9 @@ from labkernel.linux import cgroups
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 PATIENCE = 10.0
-"""Seconds that the removal of one directory may keep others waiting. What is left then is removed another time."""
+"""Seconds that removing one directory, or a launcher of a child's that tidies up, may keep others waiting.
+
+What is left then is removed another time."""
 
 
 def clean(parent: cgroups.CgroupParent | None) -> list[str]:
@@ -174,14 +176,14 @@ def remove_leftovers(record: Mapping[str, Any], parent: cgroups.CgroupParent | N
 def end_session(session: int) -> int:
     """Kill every process of a launcher's session but the launcher, and our own orphans where it is ours.
 
-    An orphan that is a launcher itself, which one of our children has started, ends by itself now that its user has:
-    killed while it tidies up it would leave the rest to nobody. It has some time for that.
+    An orphan that is a launcher itself, which one of our children has started, is asked to end, and has some time for
+    it: killed, it would leave to nobody what it runs, or what it tidies up just now.
 
     Returns how many there were.
     """
-    killed = 0
-    begun = time.monotonic()
-    while time.monotonic() < begun + PATIENCE + 1:
+    met: set[int] = set()
+    patience = time.monotonic() + PATIENCE
+    while (now := time.monotonic()) < patience + 1:
         members = [
             pid
             for pid in _pids()
@@ -190,21 +192,24 @@ def end_session(session: int) -> int:
         ]
         if not members:
             break
-        spared = _launchers() if time.monotonic() < begun + PATIENCE else set()
-        for pid in set(members) - spared:
+        launchers = _launchers() if now < patience else set()
+        for pid in members:
+            if pid in launchers & met:
+                continue
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
-                killed += 1
+                os.kill(pid, signal.SIGTERM if pid in launchers else signal.SIGKILL)
+                met.add(pid)
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
         time.sleep(0.005)
-    return killed
+    return len(met)
 
 
 def _launchers() -> set[int]:
-    """The pids of the launchers that have a record."""
-    return {int(path.stem) for path in state.launchers().glob("*.json") if path.stem.isdecimal()}
+    """The pids of the launchers that live."""
+    keys = map(_launcher_key, state.launchers().glob("*.json"))
+    return {key.pid for key in keys if key and key.alive()}
 
 
 def remove_spare(directory: Path, parent: cgroups.CgroupParent | None) -> None:

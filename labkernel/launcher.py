@@ -809,10 +809,11 @@ def main(control_fd: int, join: int | None = None) -> None:
     _take_name("labkernel")
     key = state.ProcessKey.of(os.getpid())
     record = state.launchers() / f"{key.pid}.json"
-    with _explained_home():
-        record.parent.mkdir(parents=True, exist_ok=True)
-        cleanup.remember_launcher(record, key)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # until it is the loop that has to end
     try:
+        with _explained_home():
+            record.parent.mkdir(parents=True, exist_ok=True)
+            cleanup.remember_launcher(record, key)
         launcher = Launcher(socket.socket(fileno=control_fd), no_containers)
         cleanup.clean(launcher.parent)
         walls.spawn_makes_sessions()  # found out here once, and not by each container

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from labkernel import children, state
+from labkernel import children, cleanup, state
 from labkernel.children import ChildFailed, LauncherDied, in_child, preload, start_child
 from labkernel.container import Container
 from labkernel.linux import mounts, namespaces, syscalls
@@ -564,6 +564,43 @@ print(Container('python', ['sleep', '60'], detach=True).start().spec.id, flush=T
     assert record["state"] == "running"
     os.kill(record["pid"], signal.SIGKILL)
     assert gone(record["pid"]) and gone(record["launcher"]["pid"])
+
+
+def test_what_a_child_started_to_go_on_without_it_ends_with_our_launcher_and_is_tidied_up() -> None:
+    program = [sys.executable, "-m", "labkernel", "run", "--detach", "--rm", "sleep", "60"]
+
+    def start() -> str:
+        done = subprocess.run(program, capture_output=True, text=True, timeout=60, check=True)
+        return done.stdout.strip()
+
+    children.close_launcher()
+    before = everything_of_ours()
+    record = state.find(in_child(start))
+    assert record["state"] == "running"
+    started = time.monotonic()
+    children.close_launcher()
+    assert time.monotonic() - started < cleanup.PATIENCE
+    assert gone(record["pid"], 1) and gone(record["launcher"]["pid"], 1)
+    assert_nothing_left(before, 5)
+
+
+TOLD_TO_END_AT_ONCE = """
+import os, signal, socket
+from labkernel import cleanup, launcher
+def remember(*record):
+    write(*record)
+    os.kill(os.getpid(), signal.SIGTERM)
+write, cleanup.remember_launcher = cleanup.remember_launcher, remember
+ours, theirs = socket.socketpair()
+launcher.main(theirs.detach())
+"""
+
+
+def test_a_launcher_that_is_told_to_end_while_it_starts_leaves_no_record(tmp_path: Path) -> None:
+    variables = {"PYTHONPATH": os.pathsep.join(sys.path), "LABKERNEL_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", TOLD_TO_END_AT_ONCE]
+    subprocess.run(command, env=os.environ | variables, timeout=60, check=True)
+    assert list((tmp_path / "launchers").iterdir()) == []
 
 
 def test_an_orphan_that_has_left_the_session_ends_with_the_launcher() -> None:

@@ -460,16 +460,8 @@ print(os.getsid(0), cleanup.clean(None), state.spare(os.getpid()).exists())
 def test_who_has_its_session_from_outside_of_its_pid_namespace_lives(tmp_path: Path) -> None:
     """As what `docker exec` starts: the kernel says 0 there for its session."""
     as_root = [] if os.geteuid() == 0 else ["--map-root-user"]
-    command = [
-        "unshare",
-        *as_root,
-        "--pid",
-        "--fork",
-        "--mount-proc",
-        sys.executable,
-        "-c",
-        SESSION_FROM_OUTSIDE,
-    ]
+    separate = ["unshare", *as_root, "--pid", "--fork", "--mount-proc"]
+    command = [*separate, sys.executable, "-c", SESSION_FROM_OUTSIDE]
     variables = os.environ | {
         "PYTHONPATH": os.pathsep.join(sys.path),
         "LABKERNEL_HOME": str(tmp_path / "home"),
@@ -478,30 +470,48 @@ def test_who_has_its_session_from_outside_of_its_pid_namespace_lives(tmp_path: P
     assert done.stdout == "0 [] True\n"
 
 
-def test_a_launcher_that_a_child_has_started_may_tidy_up_when_ours_ends(tmp_path: Path) -> None:
+@pytest.mark.parametrize("deaf", [False, True])
+def test_a_launcher_that_a_child_has_started_may_tidy_up_when_ours_ends(deaf: bool, tmp_path: Path) -> None:
+    """But not for ever; and an orphan that has the pid of a launcher that died may not at all."""
+
     def tidy_up_slowly() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if deaf else lambda *_: (tmp_path / "told").touch())
         os.setsid()
         record = state.launchers() / f"{os.getpid()}.json"
         cleanup.remember_launcher(record, state.ProcessKey.of(os.getpid()))
         (tmp_path / "begun").touch()
-        time.sleep(0.5)
+        time.sleep(60 if deaf else 0.5)
         (tmp_path / "done").touch()
         record.unlink()
 
-    def work() -> tuple[bool, int]:
+    def sleep() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        record = state.launchers() / f"{os.getpid()}.json"
+        cleanup.remember_launcher(record, state.ProcessKey.of(os.getpid())._replace(started=1))
+        (tmp_path / "other").touch()
+        time.sleep(60)
+
+    def work() -> tuple[int, set[str], float]:
         syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)
-        for act in (tidy_up_slowly, lambda: time.sleep(60)):
+        for act in (tidy_up_slowly, sleep):
             if os.fork() == 0:  # ends at once, and its own child is ours then
                 if os.fork() == 0:
                     act()
                 os._exit(0)
             os.wait()
-        while not (tmp_path / "begun").exists():
+        while len(list(tmp_path.iterdir())) < 2:
             time.sleep(0.01)
-        return bool(cleanup.end_session(os.getpid())), len(list(tmp_path.glob("done")))
+        cleanup.PATIENCE = 2.0
+        begun = time.monotonic()
+        ended = cleanup.end_session(os.getpid())
+        return ended, {path.name for path in tmp_path.iterdir()}, time.monotonic() - begun
 
     state.launchers().mkdir(parents=True, exist_ok=True)
-    assert in_child(work) == (True, 1)
+    ended, files, seconds = in_child(work)
+    assert ended == 2
+    assert files == {"begun", "other"} | (set() if deaf else {"told", "done"})
+    assert (seconds >= 2) == deaf
+    cleanup.clean(None)
 
 
 def test_a_launcher_whose_home_is_gone_has_nothing_to_forget(tmp_path: Path) -> None:

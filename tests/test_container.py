@@ -1021,6 +1021,21 @@ result = s.getsockname()[0]"""
     assert inside(own_address, network="bridge") == address
 
 
+def test_an_empty_container_holds_nothing_open_but_where_its_order_comes_from() -> None:
+    """What it had of its launcher's would stay open for whoever waits for its end."""
+
+    def held(pid: int) -> list[str]:
+        return [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+
+    with sleeping():  # whose channel the launcher has open when it makes the next one
+        Container("python", ["true"]).run()
+        wait_for_spare()
+        pid = int((state.spare(children.launcher().process.pid) / "group").read_text().split()[1])
+        wait_until(lambda: len(in_child(held, pid)) == 4)
+        kinds = sorted(name.partition(":")[0] for name in in_child(held, pid))
+        assert kinds == ["/dev/null", "/dev/null", "/dev/null", "socket"]
+
+
 # ---------------------------------------------------------------------- many
 
 
