@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from labkernel import children, spec, state
 from labkernel.children import Channel
@@ -27,13 +27,20 @@ from labkernel.linux import cgroups
 from labkernel.linux.cgroups import Cgroup, Limits, Stats
 from labkernel.spec import BadOption, Process, Spec, Volume
 
-PIPE, DEVNULL = subprocess.PIPE, subprocess.DEVNULL
+DEVNULL = subprocess.DEVNULL
 DEFAULT_LIMITS = {"memory": "512M", "cpus": 1.0, "pids_limit": 256}
 """What a container may use where nothing else is said: no wall is left out by forgetting it."""
 
 NOFILE = 1024
 
 cgroup_at = cgroups.at
+
+
+class File(Protocol):
+    """An open file, the end of a pipe, or a socket."""
+
+    def fileno(self) -> int:
+        """The number of its descriptor."""
 
 
 class ContainerError(OSError):
@@ -177,11 +184,14 @@ class Container:
 
     # ------------------------------------------------------------------ life
 
-    def start(self, stdin: int = DEVNULL, stdout: int | None = None, stderr: int | None = None) -> Self:
+    def start(
+        self, stdin: int | File = DEVNULL, stdout: int | File | None = None, stderr: int | File | None = None
+    ) -> Self:
         """Start the container and return when its walls are up and its program is about to run.
 
-        Descriptors as for subprocess; with none given, what the program prints goes to the container's log, see
-        `logs`. Raises ContainerError, CgroupUnavailable, or the OSError of the system call that failed.
+        Its streams are descriptors, what has one (a file, a socket), or DEVNULL. With none given, what the program
+        prints goes to the container's log, see `logs`. Raises ContainerError, CgroupUnavailable, ValueError for
+        something else as a stream, or the OSError of the system call that failed.
         """
         if self._channel:
             raise RuntimeError("this container has been started already; make another")
@@ -490,10 +500,15 @@ def _default_limits(options: frozenset[str]) -> Limits:
     return spec.make_limits(**{key: value for key, value in _defaults().items() if key in options})
 
 
-def _opened(fd: int, flags: int, closing: contextlib.ExitStack) -> int:
-    """A descriptor for one of subprocess's ways to name a stream."""
-    if fd != DEVNULL:
+def _opened(stream: int | File, flags: int, closing: contextlib.ExitStack) -> int:
+    """The descriptor of a stream, as `start` is given it."""
+    fd = stream if isinstance(stream, int) else stream.fileno()
+    if fd >= 0:
         return fd
+    if fd != DEVNULL:
+        raise ValueError(
+            f"{fd} is no stream: give a descriptor or a file; for a pipe, the end of one by os.pipe()"
+        )
     null = os.open(os.devnull, flags)
     closing.callback(os.close, null)
     return null

@@ -257,21 +257,26 @@ class Monitor:
 class CgroupSource:
     """Reads a container's counters from its control group.
 
-    v1 does not know whose data it is that the kernel writes back to a disk; so there I/O is asked of the processes.
+    v1 does not know whose data it is that the kernel writes back to a disk; so there I/O is asked of the processes: of
+    the init and its descendants, and of what `Container.exec` has started. What that reads and writes between our last
+    look and its end is not counted: nobody in the container waits for it.
     """
 
     def __init__(self, group: Cgroup, pid: int) -> None:
         self.group = group
         self.pid = pid
         self._limit_files = _limit_files(group)
-        self._io = (0, 0)
+        self._io: dict[int, tuple[int, int]] = {}
+        """Of the init, and of each program that was started later, with its descendants: the most that was seen."""
 
     def sample(self) -> Sample:
         """One sample, but for its time. Raises OSError when the group is gone."""
         counted = _from_stats(self.group.stats())
         if self.group.version == 1:
-            self._io = _larger(self._io, io_bytes(descendants(self.pid)))
-            counted["io_read_bytes"], counted["io_write_bytes"] = self._io
+            for pid in (self.pid, *self._started_later()):
+                self._io[pid] = _larger(self._io.get(pid, (0, 0)), io_bytes(descendants(pid)))
+            read, written = zip(*self._io.values(), strict=True)
+            counted["io_read_bytes"], counted["io_write_bytes"] = sum(read), sum(written)
         received, sent = network_bytes(self.pid)
         pressure = {f"pressure_{name}": percent for name, percent in self.group.pressure().items()}
         return Sample(
@@ -281,6 +286,12 @@ class CgroupSource:
             **pressure,  # type: ignore[arg-type]
             **_limits_in(*self._limit_files),
         )
+
+    def _started_later(self) -> list[int]:
+        """Who is in the group, and descends neither from its init nor from somebody else in it."""
+        group = {self.pid, *self.group.pids()}
+        others = group - set(descendants(self.pid))
+        return [pid for pid in others if int(status(pid).get("PPid", self.pid)) not in group]
 
 
 class ProcessSource:

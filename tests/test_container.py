@@ -247,6 +247,25 @@ def test_a_detached_container_goes_on_without_whoever_asked_for_it(
         time.sleep(0.01)
 
 
+def test_its_streams_are_files_or_descriptors(tmp_path: Path) -> None:
+    (tmp_path / "in").write_bytes(b"from a file")
+    ours, theirs = socket.socketpair()
+    with open(tmp_path / "in", "rb") as stdin, open(tmp_path / "out", "wb") as stdout, ours:
+        command = ["sh", "-c", "cat; echo to a socket >&2"]
+        with theirs, Container("python", command).start(stdin, stdout, theirs) as container:
+            assert container.wait(60) == 0
+        assert ours.recv(100) == b"to a socket\n"
+    assert (tmp_path / "out").read_bytes() == b"from a file"
+
+
+@pytest.mark.parametrize("stream", ["stdin", "stdout", "stderr"])
+def test_a_pipe_that_nobody_has_made_is_refused_in_words(stream: str) -> None:
+    container = Container("python", ["true"])
+    with pytest.raises(ValueError, match=r"os\.pipe"):
+        container.start(**{stream: subprocess.PIPE})
+    assert container.start().wait(60) == 0
+
+
 @pytest.mark.parametrize("user", ["0", "1000:1000"])
 def test_its_streams_can_be_opened_by_name(user: str) -> None:
     """/dev/stdout is a link to what the descriptor is open on, and opening that asks who owns it."""
