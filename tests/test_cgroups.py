@@ -423,23 +423,29 @@ def disk_of(path: Path) -> str | None:
 
 
 @limits_are_there
-def test_a_disk_is_written_at_the_given_rate(home: Path) -> None:
+@pytest.mark.parametrize("way", ["read", "write"])
+def test_a_disk_is_read_and_written_at_the_given_rate(home: Path, way: str) -> None:
     needs_limits("io")
     disk = disk_of(home)
     if disk is None:
         pytest.skip(f"{home} lies on no block device of its own")
-    program = """
+    program = f"""
 import mmap, os, time
-fd = os.open('/tmp/x', os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
+fd = os.open('/tmp/x', os.O_RDWR | os.O_CREAT | os.O_DIRECT)
 block = mmap.mmap(-1, 1 << 18)
 begin = time.monotonic()
 for _ in range(16): os.write(fd, block)
+os.lseek(fd, 0, os.SEEK_SET)
+if {way == "read"}:
+    begin = time.monotonic()
+    for _ in range(16): os.readv(fd, [block])
 print(time.monotonic() - begin)"""
-    ended = python(program, device_write_bps={disk: "2M"}).run(timeout=60)
+    limit: Any = {f"device_{way}_bps": {disk: "2M"}}
+    ended = python(program, **limit).run(timeout=60)
     assert ended.returncode == 0, ended
     assert 1.6 < float(ended.stdout) < 3.0  # 4 MiB at 2 MiB/s
     assert ended.stats
-    assert ended.stats.io_write_bytes >= 4 * MIB
+    assert getattr(ended.stats, f"io_{way}_bytes") >= 4 * MIB
     assert float(python(program).run(timeout=60).stdout) < 1.6
 
 
