@@ -32,12 +32,6 @@ ROOT = Path(__file__).parent.parent
 LABKERNEL = [sys.executable, "-m", "labkernel"]
 PATIENCE = 30.0
 
-NOTEBOOKS = {
-    "00-start-here", "01-process", "02-tarball", "03-chroot", "04-mount-namespace", "05-pivot-root", "06-overlay",
-    "07-uts", "09-pid", "10-network", "11-user", "14-enter", "15-cpu", "16-memory", "17-pids-io-freezer",
-    "18-capabilities", "19-seccomp", "20-trimming", "22-oci", "23-python-container",
-}  # fmt: skip
-
 
 @pytest.fixture(autouse=True, scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
@@ -204,12 +198,21 @@ def test_an_error_of_our_own_is_no_traceback_unless_asked_for(
         cli.main(["ps"])
 
 
-def test_every_option_names_its_notebook() -> None:
+def words_of(notebook: str) -> str:
+    cells = json.loads((ROOT / "notebooks" / f"{notebook}.ipynb").read_text())["cells"]
+    return "\n".join("".join(cell["source"]) for cell in cells)
+
+
+def test_every_verb_and_option_names_a_notebook_that_has_it() -> None:
     for verb, command in cli.verbs.commands.items():
-        assert verb == "run" or re.search(r"\[\d\d-[a-z-]+\]", command.help or ""), verb
+        named = re.findall(r"\[(\d\d-[a-z-]+)\]", command.help or "")
+        assert named, verb
+        assert all(re.search(rf"\b{verb}\b", words_of(notebook)) for notebook in named), verb
         for one in (param for param in command.params if isinstance(param, click.Option)):
             found = re.search(r"\[(\d\d-[a-z-]+)\]$", one.help or "")
-            assert found and found[1] in NOTEBOOKS, f"{verb} {one.name}: {one.help}"
+            assert found, f"{verb} {one.name}: {one.help}"
+            long = max(one.opts, key=len)
+            assert re.search(rf"{long}(?![\w-])", words_of(found[1])), f"{verb} {long}: not in {found[1]}"
 
 
 # ---------------------------------------------------------------------- what run's options do

@@ -15,8 +15,8 @@ import pytest
 from nbformat import NotebookNode
 from notebook_tools import NOTEBOOKS, ROOT, code_cells, read
 
-# Paths of somebody's home or work place.
-PLACES = re.compile(r"/(?:root|home/[\w.-]+|Users/[\w.-]+|work)/[\w./-]*")
+# Paths of somebody's home, and of this project's place.
+PLACES = re.compile(rf"(?:/root|/home/[\w.-]+|/Users/[\w.-]+|{re.escape(str(ROOT))})/[\w./-]*")
 LINK = re.compile(r"\]\((?![a-z]+:)([^)#]*)#?([^)]*)\)")
 IGNORED = {"nbval-ignore-output", "nbval-skip"}
 

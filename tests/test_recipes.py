@@ -538,7 +538,7 @@ def test_a_recipe_keeps_its_promises(name: str) -> None:
 
 
 def test_the_closure_of_another_python(tmp_path: Path) -> None:
-    """Of the Python that is running, here pyenv's: for that the folder is copied, and one line changed."""
+    """Of the Python that is running, whichever it is: for that the folder is copied, and one line changed."""
     shutil.copytree(
         recipes.FOLDER / "python-closure", tmp_path / "mine", ignore=shutil.ignore_patterns("__pyc*")
     )

@@ -86,7 +86,7 @@ Vagrant.define_singleton_method(:configure) do |version, &block|
       puts "#{name}=#{provider.to_a} from #{config.vm.box_url}"
     end
     block.call(config)
-    puts "box=#{config.vm.box}"
+    puts "box=#{config.vm.box}", config.vm.post_up_message
     config.vm.networks.each { |kind, options| puts "#{kind}=#{options.slice(:guest, :host, :host_ip).values}" }
   end
 end
@@ -97,6 +97,7 @@ end
     said = vagrant(tmp_path, tmp_path, "validate", "--ignore-provider", **settings).stdout
     assert "box=containers-from-scratch/ubuntu-24.04\n" in said
     assert 'forwarded_port=[8888, 9000, "127.0.0.1"]\n' in said
+    assert "http://127.0.0.1:9000/lab " in said and '"labkernel-token 9000"\n' in said
     packed = f"{ROOT}/vm/box/ubuntu-24.04-{'arm64' if os.uname().machine == 'aarch64' else 'amd64'}"
     assert f"virtualbox=[3, 3000] from {packed}-virtualbox.box\n" in said
     assert f"libvirt=[3, 3000] from {packed}-libvirt.box\n" in said

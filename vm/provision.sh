@@ -177,10 +177,12 @@ WantedBy=multi-user.target
 END
     put /usr/local/bin/labkernel-token 755 <<END || true
 #!/bin/sh
-# Where JupyterLab answers, and its token. Written by vm/provision.sh.
+# labkernel-token [PORT]: where JupyterLab answers, and its token. PORT is where you look from, if its port is
+# forwarded to another one. Written by vm/provision.sh.
+port=\${1:-$port}
 token=\$(cat $settings/token) || exit
 for address in $(if [ "$address" = 0.0.0.0 ]; then echo "127.0.0.1 \$(hostname -I)"; else echo "$address"; fi); do
-    case \$address in *:*) ;; *) echo "http://\$address:$port/lab?token=\$token" ;; esac
+    case \$address in *:*) ;; *) echo "http://\$address:\$port/lab?token=\$token" ;; esac
 done
 END
     if [ $changed = 1 ]; then systemctl daemon-reload; fi

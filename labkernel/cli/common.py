@@ -26,9 +26,10 @@ def option(*names: str, teaches: str, help: str, **settings: Any) -> Callable[[C
     return click.option(*names, help=f"{help} [{teaches}]", **settings)
 
 
-def json_option(teaches: str) -> Callable[[Command], Command]:
-    """--json, where something is listed."""
-    return option("--json", "as_json", is_flag=True, teaches=teaches, help="Print JSON, for other programs.")
+json_option = option(
+    "--json", "as_json", is_flag=True, teaches="00-start-here", help="Print JSON, for other programs."
+)
+"""Where something is listed or made."""
 
 
 def together(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:

@@ -42,7 +42,7 @@ def run(words: tuple[str, ...], interactive: bool, detach: bool, **options: Any)
     IMAGE is one that `labkernel images` lists; where the first word is none, it is "python". Without COMMAND, python3
     is run. A container may
     use 512M of memory, one core and 256 processes where nothing else is said. 125: the container could not be made;
-    126: the command cannot be run; 127: there is none of that name.
+    126: the command cannot be run; 127: there is none of that name. [23-python-container]
     """
     from labkernel import children, images
     from labkernel.container import Container

@@ -21,7 +21,7 @@ from labkernel.cli.options import LIMITS, PROGRAM, WALLS, environment, for_conta
     "--all",
     "everything",
     is_flag=True,
-    teaches="20-trimming",
+    teaches="21-buildroot",
     help="Every recipe, but those that want more than this machine has.",
 )
 @option(
@@ -30,7 +30,7 @@ from labkernel.cli.options import LIMITS, PROGRAM, WALLS, environment, for_conta
     teaches="02-tarball",
     help="Also where nothing has changed: the digest must be the same.",
 )
-@json_option("02-tarball")
+@json_option
 def build(name: str, everything: bool, again: bool, as_json: bool) -> int:
     """Build the root file system NAME, unpack it, and prove that it works. [02-tarball]
 
@@ -105,7 +105,7 @@ def _in_one_line(facts: Mapping[str, Any]) -> str:
 
 
 @click.command()
-@json_option("20-trimming")
+@json_option
 def images(as_json: bool) -> None:
     """List the images that are built: how big, which, and what can be run in them. [20-trimming]
 
@@ -188,7 +188,7 @@ def images(as_json: bool) -> None:
 @option("--env", "-e", metavar="KEY=VALUE", multiple=True, teaches="01-process", help="Set a variable.")
 @option("--user", "-u", metavar="USER[:GROUP]", teaches="11-user", help="Who the program is.")
 @option("--workdir", "-w", metavar="DIR", teaches="03-chroot", help="Directory in which it starts.")
-@json_option("20-trimming")
+@json_option
 def trim(
     rootfs: str,
     command: tuple[str, ...],
@@ -307,7 +307,7 @@ def _clean_up_when_told_to_end() -> None:
     teaches="22-oci",
     help="Of the layer; not every program reads zstd.",
 )
-@json_option("22-oci")
+@json_option
 def export(
     name: str, destination: str, command: tuple[str, ...], tag: str, compression: Any, as_json: bool
 ) -> None:  # fmt: skip
@@ -334,7 +334,7 @@ def export(
 @click.argument("source", metavar="SRC")
 @click.argument("name")
 @option("--tag", teaches="22-oci", help="Which image, where SRC has several.")
-@json_option("22-oci")
+@json_option
 def import_(source: str, name: str, tag: str | None, as_json: bool) -> None:
     """Keep an image that others made as NAME; `labkernel run NAME` runs it. [22-oci]
 
@@ -355,7 +355,7 @@ def import_(source: str, name: str, tag: str | None, as_json: bool) -> None:
 @click.argument("reference", metavar="HOST/NAME[:TAG|@DIGEST]")
 @click.argument("name", required=False)
 @option("--username", "-u", teaches="22-oci", help="Asks for the password, which is stored nowhere.")
-@json_option("22-oci")
+@json_option
 def pull(reference: str, name: str | None, username: str | None, as_json: bool) -> None:
     """Fetch an image from a registry and keep it as NAME (if left out: the last part of its name). [22-oci]
 

@@ -14,7 +14,7 @@ from labkernel.cli.common import all_running, json_option, option, print_table, 
 
 
 @click.command()
-@json_option("00-start-here")
+@json_option
 def doctor(as_json: bool) -> int:
     """Tell what this machine allows, by trying it, and for every "no" what to do. [00-start-here]
 
@@ -30,7 +30,7 @@ def doctor(as_json: bool) -> int:
 
 
 @click.command()
-@json_option("09-pid")
+@json_option
 def ps(as_json: bool) -> None:
     """List the containers of this machine and what they are doing. [09-pid]"""
     from labkernel import state
@@ -71,7 +71,7 @@ def _ago(seconds: float) -> str:
     teaches="16-memory",
     help="Print it once, not every second until all have ended.",
 )
-@json_option("16-memory")
+@json_option
 def stats(names: tuple[str, ...], no_stream: bool, as_json: bool) -> None:
     """Tell what containers use at this moment: the named ones, or all that run. [16-memory]
 

@@ -155,6 +155,9 @@ def test_token_is_for_its_user_alone(said: str) -> None:
     file = Path("/etc/labkernel/token")
     assert file.stat().st_mode & 0o777 == 0o640
     assert (file.owner(), file.group()) == ("root", grp.getgrgid(pwd.getpwnam(USER).pw_gid).gr_name)
+    assert sh(f"runuser -u {USER} labkernel-token 9000").startswith(
+        f"http://127.0.0.1:9000/lab?token={token()}\n"
+    )
     others = subprocess.run(["runuser", "-u", "student", "labkernel-token"], capture_output=True, text=True)
     assert others.returncode != 0 and others.stdout == ""
     # Nor is it on a command line, which everybody can read.
