@@ -584,6 +584,35 @@ def test_what_a_child_started_to_go_on_without_it_ends_with_our_launcher_and_is_
     assert_nothing_left(before, 5)
 
 
+HOLDS_A_CONTAINER = """
+import resource, signal, sys, time
+from labkernel.container import Container
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+signal.signal(int(sys.argv[1]), signal.SIG_DFL)
+container = Container('python', ['sleep', '60']).start()
+print(container.pid, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    "name", ["HUP", "INT", "QUIT", "ILL", "ABRT", "BUS", "USR1", "SEGV", "PIPE", "TERM", "RTMIN"]
+)
+def test_whoever_dies_by_a_signal_leaves_nothing(name: str) -> None:
+    number = signal.Signals[f"SIG{name}"]
+    children.close_launcher()
+    before = everything_of_ours()
+    command = [sys.executable, "-c", HOLDS_A_CONTAINER, str(int(number))]
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=variables) as process:
+        assert process.stdout
+        init = int(process.stdout.readline())
+        process.send_signal(number)
+        assert process.wait(20) == -number
+    assert gone(init)
+    assert_nothing_left(before, 5)
+
+
 TOLD_TO_END_AT_ONCE = """
 import os, signal, socket
 from labkernel import cleanup, launcher
