@@ -185,11 +185,49 @@ def test_without_swap_of_its_own_it_cannot_swap() -> None:
     assert ended.returncode == 0
 
 
+SOFT: dict[str, Any] = {"memory": "96M", "memory_swap": "96M", "memory_reservation": "32M"}
+"""Far below the hard limit, and without swap: what is above it has nowhere to go."""
+
+
 @limits_are_there
-def test_the_soft_limit_is_written() -> None:
-    with Container("python", ["sleep", "60"], memory="64M", memory_reservation="32M") as container:
-        assert str(32 * MIB) in container.cgroup.limits_written().values()
-        assert str(64 * MIB) in container.cgroup.limits_written().values()
+def test_page_cache_above_the_soft_limit_is_given_back() -> None:
+    """By version 2, at once. Version 1 looks at the limit only where the whole machine is short of memory."""
+    program = """
+with open('/data/x', 'wb') as file:
+    for _ in range(64): file.write(bytes(1 << 20)); file.flush(); os.fdatasync(file.fileno())
+with open('/data/x', 'rb') as file:
+    while file.read(1 << 20): pass
+print('read', flush=True)
+time.sleep(60)"""
+    (ROOT / "build").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=ROOT / "build") as place:
+        os.chmod(place, 0o777)
+        with python("import os, time" + program, volumes=[f"{place}:/data"], **SOFT) as container:
+            logged(container, "read")
+            stats = container.stats()
+            if container.cgroup.version == 2:
+                assert stats.memory_bytes < 36 * MIB
+            else:
+                assert stats.memory_bytes > 64 * MIB
+            assert (stats.memory_max_events, stats.oom_kills) == (0, 0)
+
+
+@limits_are_there
+def test_memory_above_the_soft_limit_is_had_slowly_and_nobody_is_killed() -> None:
+    """With version 2; it is had at once when the limit is gone. With version 1 it is had at once all the time."""
+    program = "print('starts', flush=True); x = bytearray(72 << 20); print('has', flush=True); time.sleep(60)"
+    with python("import time; " + program, **SOFT) as container:
+        logged(container, "starts")
+        if container.cgroup.version == 2:
+            time.sleep(3)
+            assert b"has" not in container.logs()
+            events = Path(next(iter(container.cgroup.paths.values())), "memory.events").read_text()
+            assert cgroups.numbers(events)["high"] > 0
+            assert container.stats().memory_bytes > 32 * MIB
+            container.set_limits(memory_reservation="96M")
+        logged(container, "has")
+        assert container.running() and container.stats().oom_kills == 0
+        assert container.stats().memory_anon_bytes > 72 * MIB
 
 
 # ---------------------------------------------------------------------- CPU

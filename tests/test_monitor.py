@@ -148,39 +148,43 @@ def test_processes_and_threads_are_counted(limits: None) -> None:
         assert ProcessSource(container.pid).sample().pids == 6
 
 
-def test_what_reaches_the_disk_is_counted(limits: None) -> None:
-    """Not below /tmp: that may be memory."""
+@pytest.fixture
+def on_a_disk() -> Iterator[Path]:
+    """A directory that all may write to. Not below /tmp: that may be memory."""
     (ROOT / "build").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=ROOT / "build") as place:
         os.chmod(place, 0o777)
-        write = "f.write(os.urandom(8 << 20)); f.flush(); os.fsync(f.fileno()); print('done', flush=True)"
-        code = f"import os, time\nwith open('/data/f', 'wb') as f: {write}; time.sleep(600)"
-        with python(code, volumes=[f"{place}:/data"]) as container:
-            assert container.pid
-            until(lambda: said(container, "done"))
-            group, processes = monitor.source(container).sample(), ProcessSource(container.pid).sample()
+        yield Path(place)
+
+
+WRITE = """import os, time
+with open('/data/f', 'wb') as f: f.write(os.urandom(8 << 20)); f.flush(); os.fsync(f.fileno())
+"""
+
+
+def test_what_reaches_the_disk_is_counted(limits: None, on_a_disk: Path) -> None:
+    code = WRITE + "print('done', flush=True); time.sleep(600)"
+    with python(code, volumes=[f"{on_a_disk}:/data"]) as container:
+        assert container.pid
+        until(lambda: said(container, "done"))
+        group, processes = monitor.source(container).sample(), ProcessSource(container.pid).sample()
     assert processes.io_write_bytes == pytest.approx(8 << 20, rel=0.02)
     assert group.io_write_bytes == pytest.approx(8 << 20, rel=0.05)
 
 
-def test_what_a_program_that_was_started_later_writes_is_counted(limits: None) -> None:
+def test_what_a_program_that_was_started_later_writes_is_counted(limits: None, on_a_disk: Path) -> None:
     """While it runs, and after: by the group with version 2, and where that does not know it, by its processes."""
-    (ROOT / "build").mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=ROOT / "build") as place:
-        os.chmod(place, 0o777)
-        write = "f.write(os.urandom(8 << 20)); f.flush(); os.fsync(f.fileno())"
-        code = f"import os, time\nwith open('/data/f', 'wb') as f: {write}\n"
-        code += "open('/data/done', 'w')\nwhile not os.path.exists('/data/end'): time.sleep(0.01)"
-        with python("import time; time.sleep(600)", volumes=[f"{place}:/data"]) as container:
-            source = monitor.source(container)
-            other = threading.Thread(target=container.exec, args=(["python3", "-c", code],))
-            other.start()
-            until((Path(place) / "done").exists)
-            during = source.sample()
-            (Path(place) / "end").touch()
-            other.join()
-            after = source.sample()
-            assert not getattr(source, "_started_later", list)()  # nobody is taken for such a one who is none
+    code = WRITE + "open('/data/done', 'w')\nwhile not os.path.exists('/data/end'): time.sleep(0.01)"
+    with python("import time; time.sleep(600)", volumes=[f"{on_a_disk}:/data"]) as container:
+        source = monitor.source(container)
+        other = threading.Thread(target=container.exec, args=(["python3", "-c", code],))
+        other.start()
+        until((on_a_disk / "done").exists)
+        during = source.sample()
+        (on_a_disk / "end").touch()
+        other.join()
+        after = source.sample()
+        assert not getattr(source, "_started_later", list)()  # nobody is taken for such a one who is none
     assert during.io_write_bytes == pytest.approx(8 << 20, rel=0.05)
     assert after.io_write_bytes == pytest.approx(8 << 20, rel=0.05)
 
