@@ -28,8 +28,8 @@ help: ## this list
 	    printf '  make %-14s %s\n' "$$t" "$$w"; done
 
 setup: ## the environment .venv, from the lock; nothing to do when it is there
-	@if [ -z "$(PYTHON)" ] || ! "$(PYTHON)" $(ENOUGH); then \
-	    echo "Python 3.11 or newer is needed; here: $$(python3 --version 2>&1)."; \
+	@if [ -z "$(PYTHON)" ] || ! "$(PYTHON)" $(ENOUGH) 2>/dev/null; then \
+	    echo "Python 3.11 or newer is needed; here: $$("$(or $(PYTHON),python3)" --version 2>&1)."; \
 	    echo "Name another one by: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; exit 1; fi
 	@"$(PYTHON)" scripts/set_up.py
 

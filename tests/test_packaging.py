@@ -114,6 +114,8 @@ def test_an_unsuitable_python_is_refused_in_words() -> None:
     assert done.returncode != 0
     assert "Python 3.11 or newer is needed" in done.stdout
     assert "make PYTHON=/path/to/python3.12 setup" in done.stdout
+    done = make("PYTHON=/etc/passwd", "setup")  # it is told of the one that was named, not of another
+    assert "/etc/passwd: " in done.stdout.partition("here: ")[2]
 
 
 def test_the_stamp_changes_with_the_lock_and_the_project(
