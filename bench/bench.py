@@ -255,6 +255,9 @@ def start_to_exit(rounds: int) -> list[Row]:
                     say(f"left out: {name}: {start}")
                 else:
                     starts[name] = start
+            # What set-up and the image have just written reaches the disk first. Who writes to it too, as all do that
+            # have a layer or a bundle there, would else wait for it in the middle of this, and bwrap would not.
+            os.sync()
             return take_turns("start-to-exit", starts, rounds)
 
 
