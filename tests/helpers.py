@@ -21,8 +21,30 @@ from labkernel import children, images, state
 from labkernel.container import Completed, Container
 from labkernel.linux import cgroups, mounts, syscalls
 
+ROOT = Path(__file__).parent.parent
+
 SETTLES_WITHIN = 15.0
 """Seconds in which what was killed has to be gone."""
+
+
+# ---------------------------------------------------------------------- a disk, and memory
+
+
+@contextlib.contextmanager
+def on_a_disk() -> Iterator[Path]:
+    """A directory that all may write to, containers too. Not below /tmp: that may be memory."""
+    (ROOT / "build").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=ROOT / "build") as place:
+        os.chmod(place, 0o777)
+        yield Path(place)
+
+
+def peak_memory() -> int:
+    """The most memory that this process has had, in KiB (VmHWM in man 5 proc).
+
+    Not ru_maxrss: that one begins with what the process had before its exec, and that is what its parent has.
+    """
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 
 
 # ---------------------------------------------------------------------- a home of the tests' own

@@ -8,7 +8,6 @@ import os
 import shlex
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +21,16 @@ from labkernel.launcher import Launcher
 from labkernel.linux import cgroup_v2, cgroups, disks, syscalls
 from labkernel.linux.cgroups import CgroupUnavailable, Limits
 from labkernel.spec import BadOption
-from tests.helpers import assert_nothing_left, emulated, facts, logged, needs_limits, own_home, run_python
+from tests.helpers import (
+    assert_nothing_left,
+    emulated,
+    facts,
+    logged,
+    needs_limits,
+    on_a_disk,
+    own_home,
+    run_python,
+)
 from tests.helpers import snapshot as everything_of_ours
 
 ROOT = Path(__file__).parent.parent
@@ -115,10 +123,7 @@ import time; time.sleep(60)"""
 
 @limits_are_there
 def test_the_page_cache_counts_and_is_given_back() -> None:
-    """A file larger than the limit is written and read to its end: the cache is thrown away, nobody is killed.
-
-    Not below /tmp: that may be memory, which cannot be given back.
-    """
+    """A file larger than the limit is written and read to its end: the cache is thrown away, nobody is killed."""
     program = """
 import os
 with open('/data/x', 'wb') as file:
@@ -126,9 +131,7 @@ with open('/data/x', 'wb') as file:
 with open('/data/x', 'rb') as file:
     while file.read(1 << 20): pass
 print('done')"""
-    (ROOT / "build").mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=ROOT / "build") as place:
-        os.chmod(place, 0o777)
+    with on_a_disk() as place:
         ended = python(program, memory="32M", volumes=[f"{place}:/data"]).run(timeout=60)
     assert (ended.stdout, ended.returncode, ended.oom_killed) == (b"done\n", 0, False)
 
@@ -193,23 +196,21 @@ SOFT: dict[str, Any] = {"memory": "96M", "memory_swap": "96M", "memory_reservati
 def test_page_cache_above_the_soft_limit_is_given_back() -> None:
     """By version 2, at once. Version 1 looks at the limit only where the whole machine is short of memory."""
     program = """
+import os, time
 with open('/data/x', 'wb') as file:
     for _ in range(64): file.write(bytes(1 << 20)); file.flush(); os.fdatasync(file.fileno())
 with open('/data/x', 'rb') as file:
     while file.read(1 << 20): pass
 print('read', flush=True)
 time.sleep(60)"""
-    (ROOT / "build").mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=ROOT / "build") as place:
-        os.chmod(place, 0o777)
-        with python("import os, time" + program, volumes=[f"{place}:/data"], **SOFT) as container:
-            logged(container, "read")
-            stats = container.stats()
-            if container.cgroup.version == 2:
-                assert stats.memory_bytes < 36 * MIB
-            else:
-                assert stats.memory_bytes > 64 * MIB
-            assert (stats.memory_max_events, stats.oom_kills) == (0, 0)
+    with on_a_disk() as place, python(program, volumes=[f"{place}:/data"], **SOFT) as container:
+        logged(container, "read")
+        stats = container.stats()
+        if container.cgroup.version == 2:
+            assert stats.memory_bytes < 36 * MIB
+        else:
+            assert stats.memory_bytes > 64 * MIB
+        assert (stats.memory_max_events, stats.oom_kills) == (0, 0)
 
 
 @limits_are_there

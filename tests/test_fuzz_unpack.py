@@ -34,6 +34,7 @@ from labkernel.image import exchange
 from labkernel.image.merge import merge
 from labkernel.image.tarball import Limits
 from labkernel.image.unpack import UnsafeArchive, unpack
+from tests.helpers import peak_memory
 from tests.test_unpack import END, bits, extended, header, record
 
 SECONDS = float(os.environ.get("LABKERNEL_FUZZ_SECONDS", "15"))
@@ -44,12 +45,6 @@ MOST_MEMORY = 64 << 10
 
 HANGS = 120
 """Seconds: far more than any of these small archives takes on a machine with other things to do."""
-
-
-def peak() -> int:
-    """The most memory of this process, in KiB (man 5 proc)."""
-    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
-
 
 # ---------------------------------------------------------------------- making archives
 
@@ -229,7 +224,7 @@ class Fuzzed:
         work, root = self.path / "work", self.path / "work/root"
         before = self.around()
         Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on (man 5 proc)
-        memory = peak()
+        memory = peak_memory()
         self.tried += 1
         for number, data in enumerate(layers):
             (work / f"layer-{number}").write_bytes(data)
@@ -256,7 +251,7 @@ class Fuzzed:
             assert name.startswith(("layer-", "merged")), f"{name} was left"
             (work / name).unlink()
         assert self.around() == before
-        assert peak() - memory < MOST_MEMORY
+        assert peak_memory() - memory < MOST_MEMORY
 
     def inside(self, root: Path, setuid: bool, devices: bool) -> None:
         """Nothing is there that was not asked for; afterwards nothing is there at all."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,12 +10,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from notebook_tools import ROOT
 
 from labkernel import monitor
 from labkernel.container import Container
 from labkernel.monitor import COLUMNS, CgroupSource, Monitor, ProcessSource, Recording, Sample
-from tests.helpers import emulated, needs_limits, own_home
+from tests.helpers import emulated, needs_limits, on_a_disk, own_home
 
 SOON = 60.0
 """Seconds: a slow virtual machine must get there too."""
@@ -148,23 +145,14 @@ def test_processes_and_threads_are_counted(limits: None) -> None:
         assert ProcessSource(container.pid).sample().pids == 6
 
 
-@pytest.fixture
-def on_a_disk() -> Iterator[Path]:
-    """A directory that all may write to. Not below /tmp: that may be memory."""
-    (ROOT / "build").mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=ROOT / "build") as place:
-        os.chmod(place, 0o777)
-        yield Path(place)
-
-
 WRITE = """import os, time
 with open('/data/f', 'wb') as f: f.write(os.urandom(8 << 20)); f.flush(); os.fsync(f.fileno())
 """
 
 
-def test_what_reaches_the_disk_is_counted(limits: None, on_a_disk: Path) -> None:
+def test_what_reaches_the_disk_is_counted(limits: None) -> None:
     code = WRITE + "print('done', flush=True); time.sleep(600)"
-    with python(code, volumes=[f"{on_a_disk}:/data"]) as container:
+    with on_a_disk() as place, python(code, volumes=[f"{place}:/data"]) as container:
         assert container.pid
         until(lambda: said(container, "done"))
         group, processes = monitor.source(container).sample(), ProcessSource(container.pid).sample()
@@ -172,16 +160,17 @@ def test_what_reaches_the_disk_is_counted(limits: None, on_a_disk: Path) -> None
     assert group.io_write_bytes == pytest.approx(8 << 20, rel=0.05)
 
 
-def test_what_a_program_that_was_started_later_writes_is_counted(limits: None, on_a_disk: Path) -> None:
+def test_what_a_program_that_was_started_later_writes_is_counted(limits: None) -> None:
     """While it runs, and after: by the group with version 2, and where that does not know it, by its processes."""
     code = WRITE + "open('/data/done', 'w')\nwhile not os.path.exists('/data/end'): time.sleep(0.01)"
-    with python("import time; time.sleep(600)", volumes=[f"{on_a_disk}:/data"]) as container:
+    nothing = "import time; time.sleep(600)"
+    with on_a_disk() as place, python(nothing, volumes=[f"{place}:/data"]) as container:
         source = monitor.source(container)
         other = threading.Thread(target=container.exec, args=(["python3", "-c", code],))
         other.start()
-        until((on_a_disk / "done").exists)
+        until((place / "done").exists)
         during = source.sample()
-        (on_a_disk / "end").touch()
+        (place / "end").touch()
         other.join()
         after = source.sample()
         assert not getattr(source, "_started_later", list)()  # nobody is taken for such a one who is none

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from notebook_tools import ROOT
 
 import labkernel
 from labkernel.image.closure import Closure, closure
@@ -150,22 +151,21 @@ def test_progress_is_told_to_the_end(shell: Closure, tmp_path: Path) -> None:
     assert told[-1] == ("pack", shell.size, shell.size)
 
 
-# (Not ru_maxrss: that one begins with what the process had before its exec, which is what pytest has.)
 MEMORY = """
 import sys
 from pathlib import Path
 from labkernel.image.pack import pack
 from labkernel.image.tarball import Limits
 from labkernel.image.unpack import unpack
-def peak(): return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])  # KiB
+from tests.helpers import peak_memory
 tree = Path(sys.argv[1])
 def there_and_back(name):
     pack(tree / name, tree / f"{name}.tar.zst")
     unpack(tree / f"{name}.tar.zst", tree / f"{name}.out", limits=Limits(ratio=1 << 20))
 there_and_back("small")
-before = peak()
+before = peak_memory()
 there_and_back("big")
-print(peak() - before)
+print(peak_memory() - before)
 """
 
 
@@ -173,12 +173,12 @@ def test_memory_does_not_grow_with_the_image(tmp_path: Path) -> None:
     for name, size in (
         ("small", 100 << 20),
         ("big", 400 << 20),
-    ):  # the small one, too, fills what zstd's threads have
+    ):  # with less, zstd's threads do not fill theirs
         (tmp_path / name).mkdir()
         with (tmp_path / name / "file").open("wb") as file:
             file.truncate(size)
     done = subprocess.run(
-        [sys.executable, "-c", MEMORY, tmp_path], capture_output=True, text=True, check=True
+        [sys.executable, "-c", MEMORY, tmp_path], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert int(done.stdout) < 60 << 10  # KiB, not 300 MiB
     for name in ("small.out", "big.out"):
