@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, NoReturn
 
 from labkernel import cleanup, empty, state, walls
-from labkernel.linux import cgroups, mounts, namespaces, syscalls, users
+from labkernel.linux import capabilities, cgroups, mounts, namespaces, syscalls, users
 from labkernel.processes import end_now, fork, kill
 from labkernel.spec import Order, Process, Spec, Volume
 
@@ -246,10 +246,9 @@ class Launcher:
             if vessel:
                 vessel.limit(limits)
                 record |= _running(vessel, limits)
-                with _explained_home(), _holding_containers():
-                    state.take_name(spec.name, spec.id)
+                with _explained_home():
                     state.write_record(self.made_in, record)
-                    os.rename(self.made_in, directory)
+                    self._move_in(spec, directory)
             else:
                 self._sweep()
                 record["group"] = state.PREFIX + spec.id
@@ -383,6 +382,17 @@ class Launcher:
         self.spare = None
         return spare
 
+    def _move_in(self, spec: Spec, directory: str) -> None:
+        """Let what an empty container was made in be the directory of this one.
+
+        It has a record already, so nobody takes it for one that was left behind. But a name is held by a directory.
+        """
+        with contextlib.ExitStack() as holding:
+            if spec.name != spec.id or not os.path.isdir(self.containers):
+                holding.enter_context(_holding_containers())
+                state.take_name(spec.name, spec.id)
+            os.rename(self.made_in, directory)
+
     def _make_spare(self) -> None:
         """Make an empty container for the next one; where that fails, the next one will say why.
 
@@ -402,6 +412,8 @@ class Launcher:
             spare = self._make_empty(like, directory, name, cgroups.Limits())
             undo.callback(spare.end)
             state.write_group(directory, f" {spare.pid}")
+            # To make a file takes longer than to write it: where many were removed lately, ext4 looks at each of them.
+            os.close(state.open_record(directory, "running"))
             undo.pop_all()
             self.spare = spare
             self.chores.append(lambda: self._rehearse(spare))
@@ -453,11 +465,15 @@ class Launcher:
         return message
 
     def _throw_away(self, directory: str) -> None:
-        """Put a directory where it will be removed: that takes as long as the disk wants, and nobody waits for it."""
+        """Put a directory where it will be removed: that takes as long as the disk wants, and nobody waits for it.
+
+        The first one becomes that place, and those that follow are put into it.
+        """
         try:
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(self.ended)
-            os.rename(directory, f"{self.ended}/{_random_name()}")
+            try:
+                os.rename(directory, self.ended)
+            except OSError:
+                os.rename(directory, f"{self.ended}/{_random_name()}")
         except OSError:  # a full disk may have no room for the rename, but it has for this
             cleanup.remove_tree(directory, cleanup.PATIENCE)
 
@@ -545,6 +561,7 @@ def _enter_and_run(
         # What comes in is a copy of us until it executes the program; the container's root may be our own user.
         syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
         namespaces.enter(init.pid, kinds - {"cgroup"})
+        walls.import_no_more()
 
         def inside() -> NoReturn:
             for fd in doors:
@@ -553,6 +570,7 @@ def _enter_and_run(
                 syscalls.setns(own_view, syscalls.CLONE_NEWCGROUP)
             walls.become(0, 0)
             syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
+            capabilities.drop_bounding(process.capabilities)
             walls.start_program(process, stdio, channel.fileno())
 
         pid, _ = fork(inside, into=into)  # the pid namespace that we entered holds for children only

@@ -133,9 +133,9 @@ class Spec(NamedTuple):
         return state.containers() / self.id
 
     @property
-    def ground(self) -> tuple[str, frozenset[str], bool]:
+    def ground(self) -> tuple[str, frozenset[str], bool, frozenset[int]]:
         """What is built before the order comes: containers that have it in common are alike."""
-        return self.rootfs, self.namespaces, self.masked_paths
+        return self.rootfs, self.namespaces, self.masked_paths, self.process.capabilities
 
 
 class Order(NamedTuple):

@@ -144,14 +144,18 @@ def write_record(directory: str | os.PathLike[str], record: Mapping[str, Any]) -
     None is ever replaced: a reader sees an old one or a new one, never half of one, and ext4 does not write to disk
     at once, as it does when a file is renamed over another.
     """
-    path = f"{os.fspath(directory)}/{record['state']}.json"
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fd = open_record(directory, record["state"])
     try:
         text = json.dumps(record).encode()
         if os.write(fd, text) < len(text):  # the disk had room for the beginning
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     finally:
         os.close(fd)
+
+
+def open_record(directory: str | os.PathLike[str], stage: str) -> int:
+    """A descriptor of the file for the record of this stage, which is made if need be. Empty, it is none yet."""
+    return os.open(f"{os.fspath(directory)}/{stage}.json", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 
 def read_record(directory: Path) -> dict[str, Any] | None:

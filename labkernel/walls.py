@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import io
 import os
 import pickle
 import resource
@@ -21,7 +20,7 @@ import sys
 from array import array
 from collections.abc import Callable, Iterable
 from functools import cache
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 from labkernel.linux import capabilities, mounts, network, seccomp, syscalls
 from labkernel.linux.namespaces import FLAGS
@@ -84,6 +83,9 @@ def put_up(
     try:
         take_place(orders, like.namespaces, doors)
         build(like, rootfs, writable)
+        import_no_more()
+        # In advance as well, since it takes a call for each that goes. It holds for what a program can get.
+        capabilities.drop_bounding(like.process.capabilities)
     except Exception as error:
         trouble = error  # told when there is somebody to tell it to
     keep_only((orders.fileno(),))
@@ -123,6 +125,19 @@ def take_place(orders: socket.socket, kinds: frozenset[str], doors: tuple[int, .
     mounts.set_propagation("/", "private")
 
 
+def import_no_more() -> None:
+    """Know no module that is not there already: it would be looked for, and run, in the file system of the image."""
+    sys.meta_path[:] = [NoMore()]
+
+
+class NoMore:
+    """Finds no module (see `sys.meta_path` in Python's documentation)."""
+
+    def find_spec(self, name: str, *_: object) -> None:
+        """Raises ModuleNotFoundError."""
+        raise ModuleNotFoundError(f"{name} is not known in a container")
+
+
 def rehearse(orders: socket.socket, words: bytes) -> None:
     """While there is no order: do what it will take, so that the memory for it is ours then, and not the launcher's.
 
@@ -135,7 +150,9 @@ def rehearse(orders: socket.socket, words: bytes) -> None:
         for limit, _ in process.rlimits:
             resource.getrlimit(limit)
         look_up_user(process.user)
-        capabilities.limit_to(capabilities.ALL)
+        for path in ("/etc/hostname", "/etc/hosts"):
+            os.close(os.open(path, os.O_WRONLY | os.O_CLOEXEC))
+        capabilities.capset(capabilities.ALL, capabilities.ALL)
         seccomp.install(b"")  # EINVAL; this comes last
 
 
@@ -162,16 +179,6 @@ def received(sock: socket.socket, most: int) -> tuple[bytes, list[int]]:
     return words, fds.tolist()
 
 
-class Plain(pickle.Unpickler):
-    """Imports nothing: a module would by now be looked for, and run, in the file system of the image."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """What is imported already. Raises UnpicklingError for anything else."""
-        if module not in sys.modules:
-            raise pickle.UnpicklingError(f"{module}.{name} is not known in a container's first process")
-        return super().find_class(module, name)
-
-
 def read_spec(order: Order) -> tuple[Spec, list[int]]:
     """What the container shall be, and which streams go to its log, from the order's file."""
     return spec_in(os.pread(order.spec, os.fstat(order.spec).st_size, 0))
@@ -179,7 +186,7 @@ def read_spec(order: Order) -> tuple[Spec, list[int]]:
 
 def spec_in(words: bytes) -> tuple[Spec, list[int]]:
     """What such a file says."""
-    request = Plain(io.BytesIO(words)).load()
+    request = pickle.loads(words)
     return request["spec"], request["logged"]
 
 
@@ -330,7 +337,8 @@ def lock_doors(
     another_user = bool(uid or gid or groups)
     if another_user:
         until_execve |= CHANGE_USER
-    capabilities.limit_to(process.capabilities, until_execve)
+    held = process.capabilities | until_execve
+    capabilities.capset(held, held)  # the bounding set is limited already
     if another_user:
         become(uid, gid, groups)  # leaving uid 0 gives up the capabilities too
     if process.no_new_privs:

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import pytest
 from labkernel import children, images, state
 from labkernel.children import in_child
 from labkernel.container import Container, ContainerError
-from labkernel.linux import mounts, syscalls
+from labkernel.linux import capabilities, mounts, syscalls
 from labkernel.spec import BadOption
 from tests.helpers import (
     Snapshot,
@@ -792,8 +793,33 @@ def test_texts_of_another_class_are_taken_as_texts() -> None:
     ended = Container("python", [Text("sh"), Text("-c"), Text("echo $A")], env={Text("A"): Text("b")}).run()
     assert ended.stdout == b"b\n"
     wait_for_spare()
-    with pytest.raises(ContainerError, match="Text is not known"):
+    with pytest.raises(ContainerError, match=f"{Text.__module__} is not known"):
         Container("python", ["true"], workdir=Text("/")).run()
+
+
+def test_a_container_in_readiness_is_not_taken_for_one_with_other_capabilities() -> None:
+    """What it has given up nobody can get back; and what it has kept may be more than the next one is to have."""
+    show = ["grep", "CapBnd", "/proc/self/status"]
+    for first, second in ((("CHOWN",), ()), ((), ("CHOWN",)), (("CHOWN", "KILL"), ("CHOWN", "FOWNER"))):
+        children.close_launcher()
+        Container("python", ["true"], cap_drop=["ALL"], cap_add=first).run()
+        wait_for_spare()
+        wanted = b"CapBnd:\t%016x\n" % sum(1 << number for number in capabilities.parse(second))
+        with Container("python", ["sleep", "60"], cap_drop=["ALL"], cap_add=second) as container:
+            assert container.exec(show).stdout == wanted
+            one = Path(f"/proc/{container.pid}/status").read_text()
+            assert wanted.decode() in one
+
+
+def test_no_module_is_taken_from_the_image() -> None:
+    """An order may name a class of a module that whoever carries it out has not imported, and the image has one."""
+    children.close_launcher()  # whose empty container may be of another kind
+    Container("python", ["true"]).run()
+    wait_for_spare()
+    strange = Container("python", ["true"])
+    strange.spec = strange.spec._replace(limits_required=frozenset({Fraction(1)}))  # type: ignore[arg-type]
+    with pytest.raises(ContainerError, match="fractions is not known"):
+        strange.run()
 
 
 @pytest.mark.parametrize("name", ["-x", "a b", "a/b", "../x", "x" * 64, "ä", "a\n", "."])
