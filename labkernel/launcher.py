@@ -564,13 +564,18 @@ def _enter_and_run(
         walls.import_no_more()
 
         def inside() -> NoReturn:
-            for fd in doors:
-                os.write(fd, b"0")
-            if "cgroup" in kinds:  # last: from inside, the way from our group into the container's is closed
-                syscalls.setns(own_view, syscalls.CLONE_NEWCGROUP)
-            walls.become(0, 0)
-            syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
-            capabilities.drop_bounding(process.capabilities)
+            try:
+                for fd in doors:
+                    os.write(fd, b"0")
+                if (
+                    "cgroup" in kinds
+                ):  # last: from inside, the way from our group into the container's is closed
+                    syscalls.setns(own_view, syscalls.CLONE_NEWCGROUP)
+                walls.become(0, 0)
+                syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
+                capabilities.drop_bounding(process.capabilities)
+            except Exception as error:
+                walls.tell_failure(channel.fileno(), error)
             walls.start_program(process, stdio, channel.fileno())
 
         pid, _ = fork(inside, into=into)  # the pid namespace that we entered holds for children only

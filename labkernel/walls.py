@@ -81,9 +81,9 @@ def put_up(
     keep_only((orders.fileno(), *doors, rootfs, writable))
     trouble = None
     try:
+        import_no_more()
         take_place(orders, like.namespaces, doors)
         build(like, rootfs, writable)
-        import_no_more()
         # In advance as well, since it takes a call for each that goes. It holds for what a program can get.
         capabilities.drop_bounding(like.process.capabilities)
     except Exception as error:
@@ -135,7 +135,7 @@ class NoMore:
 
     def find_spec(self, name: str, *_: object) -> None:
         """Raises ModuleNotFoundError."""
-        raise ModuleNotFoundError(f"{name} is not known in a container")
+        raise ModuleNotFoundError(f"{name} is not known in a container", name=name)
 
 
 def rehearse(orders: socket.socket, words: bytes) -> None:
@@ -500,8 +500,8 @@ def _entry(path: str, key: str) -> list[str] | None:
 
 def _lines(path: str) -> list[str]:
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read().splitlines()
+        with open(path, "rb") as file:  # to open it as a text may take a module, and we can import none
+            return file.read().decode(errors="replace").splitlines()
     except FileNotFoundError:
         return []
 

@@ -249,6 +249,13 @@ def test_workdir_and_user() -> None:
     assert printed("run", "--rm", "--user", "1000:1001", "sh", "-c", "id -u; id -g") == "1000\n1001\n"
 
 
+def test_a_users_name_is_read_where_the_host_has_another_encoding() -> None:
+    """In a container nothing can be imported any more, not even what it takes to read UTF-8."""
+    needs_ids()
+    other = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    assert printed("run", "--rm", "-u", "nobody", "id", "-u", env=other) == "65534\n"
+
+
 def test_read_only() -> None:
     done = lab("run", "--rm", "--read-only", "touch", "/new")
     assert done.returncode == 1 and b"Read-only file system" in done.stderr
