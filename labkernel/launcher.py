@@ -567,9 +567,8 @@ def _enter_and_run(
             try:
                 for fd in doors:
                     os.write(fd, b"0")
-                if (
-                    "cgroup" in kinds
-                ):  # last: from inside, the way from our group into the container's is closed
+                # The last of them: from inside, the way from our group into the container's is closed.
+                if "cgroup" in kinds:
                     syscalls.setns(own_view, syscalls.CLONE_NEWCGROUP)
                 walls.become(0, 0)
                 syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
